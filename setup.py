@@ -10,7 +10,9 @@ setup(
     name="lehr",
     version="0.1.0",
     description="Selects the data that a language model is annealed or fine-tuned on",
-    long_description=Path(__file__).with_name("README.md").read_text() if Path(__file__).with_name("README.md").exists() else "",
+    long_description=Path(__file__).with_name("README.md").read_text()
+    if Path(__file__).with_name("README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

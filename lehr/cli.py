@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Page faults cost up to 10 % of scoring: let glibc keep what it was given instead of returning it after every batch.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864"}
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 ROOMS = ("schemas", "selection_ops", "pipelines", "trainer")
 
@@ -39,16 +43,18 @@ def usage() -> str:
     """The text of `lehr --help`."""
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items()]
-    return "\n".join([
-        "usage: lehr VERB RUN [options]",
-        "",
-        "Selects the data that a language model is annealed or fine-tuned on. A run directory RUN (any path or",
-        "fsspec URL) holds everything a corpus went through, in this order:",
-        "",
-        *lines,
-        "",
-        "`lehr VERB --help` explains a verb and all its options.",
-    ])
+    return "\n".join(
+        [
+            "usage: lehr VERB RUN [options]",
+            "",
+            "Selects the data that a language model is annealed or fine-tuned on. A run directory RUN (any path or",
+            "fsspec URL) holds everything a corpus went through, in this order:",
+            "",
+            *lines,
+            "",
+            "`lehr VERB --help` explains a verb and all its options.",
+        ]
+    )
 
 
 def shadowed_rooms() -> list[str]:
@@ -62,7 +68,9 @@ def shadowed_rooms() -> list[str]:
             continue
         found = Path(spec.origin).resolve()
         if found.parent.parent != home:
-            problems.append(f"{found} shadows lehr's own {home / room}; run from another folder or take it off PYTHONPATH")
+            problems.append(
+                f"{found} shadows lehr's own {home / room}; run from another folder or take it off PYTHONPATH"
+            )
     return problems
 
 
@@ -87,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     for name, value in _ALLOCATOR.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
 
     import tyro
 

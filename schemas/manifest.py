@@ -52,5 +52,7 @@ def read_manifest(url: str, way_out: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(f"{url}: not a manifest ({error}); delete it and run its stage again") from error
     if stored != manifest.fingerprint:
-        raise CorruptFile(f"{url}: its content does not match its fingerprint {stored}; it was edited or damaged. Delete it and run its stage again")
+        raise CorruptFile(
+            f"{url}: its content does not match its fingerprint {stored}; it was edited or damaged. Delete it and run its stage again"
+        )
     return manifest

@@ -59,13 +59,15 @@ def encode_table(table: pa.Table, footer: Footer) -> bytes:
         write_page_index=True,
         version="2.6",
     )
-    writer.add_key_value_metadata({
-        "lehr.schema": footer.schema,
-        "lehr.schema_version": str(footer.schema_version),
-        "lehr.spec": footer.spec,
-        "lehr.inputs": canonical_json(dict(footer.inputs)).decode(),
-        "lehr.notes": canonical_json(dict(footer.notes)).decode(),
-    })
+    writer.add_key_value_metadata(
+        {
+            "lehr.schema": footer.schema,
+            "lehr.schema_version": str(footer.schema_version),
+            "lehr.spec": footer.spec,
+            "lehr.inputs": canonical_json(dict(footer.inputs)).decode(),
+            "lehr.notes": canonical_json(dict(footer.notes)).decode(),
+        }
+    )
     writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
     writer.close()
     return sink.getvalue().to_pybytes()
@@ -105,7 +107,9 @@ def footer_of(file: pq.ParquetFile, url: str) -> Footer:
             schema_version=int(metadata[b"lehr.schema_version"]),
         )
     except (KeyError, ValueError) as error:
-        raise CorruptFile(f"{url}: its footer does not say what it was made from ({error}); it is not a file of Lehr") from error
+        raise CorruptFile(
+            f"{url}: its footer does not say what it was made from ({error}); it is not a file of Lehr"
+        ) from error
 
 
 def check_footer(footer: Footer, url: str, *, schema: str, spec: str | None, inputs: Mapping[str, str]) -> None:
@@ -115,7 +119,9 @@ def check_footer(footer: Footer, url: str, *, schema: str, spec: str | None, inp
     if footer.schema_version != SCHEMA_VERSION:
         raise MixedFingerprints(f"{url} has schema version {footer.schema_version}; this Lehr reads {SCHEMA_VERSION}")
     if spec is not None and footer.spec != spec:
-        raise MixedFingerprints(f"{url} was made under spec {footer.spec}, expected {spec}; they cannot be mixed. Use another name, or score again")
+        raise MixedFingerprints(
+            f"{url} was made under spec {footer.spec}, expected {spec}; they cannot be mixed. Use another name, or score again"
+        )
     for name, expected in inputs.items():
         found = footer.inputs.get(name)
         if found != expected:
@@ -129,7 +135,9 @@ def _read(file: pq.ParquetFile, url: str, columns: Sequence[str] | None) -> pa.T
         raise CorruptFile(f"{url}: damaged ({error}); delete it and run its stage again") from error
 
 
-def decode_table(data: bytes, url: str, *, schema: str, spec: str | None = None, inputs: Mapping[str, str] | None = None) -> tuple[pa.Table, Footer]:
+def decode_table(
+    data: bytes, url: str, *, schema: str, spec: str | None = None, inputs: Mapping[str, str] | None = None
+) -> tuple[pa.Table, Footer]:
     """Table and lineage of bytes already read; `url` names them in errors."""
     file = _open(url, pa.BufferReader(data))
     footer = footer_of(file, url)
@@ -164,7 +172,9 @@ def read_part(run_url: str, part: Part) -> bytes:
     except FileNotFoundError as error:
         raise CorruptFile(f"{url} is listed in a manifest but missing; run its stage again") from error
     if sha256(data) != part.sha256:
-        raise CorruptFile(f"{url} differs from its manifest (sha256 {sha256(data)[:12]}, listed {part.sha256[:12]}); delete it and run its stage again")
+        raise CorruptFile(
+            f"{url} differs from its manifest (sha256 {sha256(data)[:12]}, listed {part.sha256[:12]}); delete it and run its stage again"
+        )
     return data
 
 
@@ -175,4 +185,6 @@ def same_spec(footers: Iterable[tuple[str, Footer]]) -> None:
         if first is None:
             first = (url, footer)
         elif footer.spec != first[1].spec:
-            raise MixedFingerprints(f"{first[0]} was made under spec {first[1].spec} and {url} under {footer.spec}; they cannot be mixed")
+            raise MixedFingerprints(
+                f"{first[0]} was made under spec {first[1].spec} and {url} under {footer.spec}; they cannot be mixed"
+            )

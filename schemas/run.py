@@ -32,7 +32,9 @@ _WAY_OUT = {
 def check_name(kind: str, name: str) -> str:
     """`name` itself if it can name a folder everywhere; raises `InputError` otherwise."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"{kind} name {name!r} is not usable: letters, digits, '-' and '_', starting with a letter or digit, at most 100")
+        raise InputError(
+            f"{kind} name {name!r} is not usable: letters, digits, '-' and '_', starting with a letter or digit, at most 100"
+        )
     return name
 
 
@@ -130,7 +132,9 @@ class Run:
         """The finished stage `stage` of that name; raises `InputError` with the command to run where it is missing."""
         known = list_names(self.path(f"stages/{stage}"), ".json")
         hint = f"; finished: {', '.join(file[:-5] for file in known)}" if known else ""
-        return read_manifest(self.path(self.manifest_path(stage, name)), _WAY_OUT.get(stage, "its stage has not finished") + hint)
+        return read_manifest(
+            self.path(self.manifest_path(stage, name)), _WAY_OUT.get(stage, "its stage has not finished") + hint
+        )
 
     def manifests(self, stage: str) -> list[Manifest]:
         """Every finished stage of that kind, by name."""

@@ -112,7 +112,9 @@ def decode_record(data: bytes, where: str) -> RankedSample:
         raise CorruptFile(f"{where}: not a sample of a ranked stream ({error})") from error
 
 
-def encode_shard(name: str, members: Sequence[tuple[int, bytes]], domains: dict[str, int], tokens: int) -> tuple[bytes, ShardEntry]:
+def encode_shard(
+    name: str, members: Sequence[tuple[int, bytes]], domains: dict[str, int], tokens: int
+) -> tuple[bytes, ShardEntry]:
     """Tar bytes of (rank, JSON) members, already in rank order, and the shard's index entry."""
     buffer = io.BytesIO()
     offsets = []
@@ -144,7 +146,9 @@ def index_bytes(index: StreamIndex) -> bytes:
 
 
 def _shards(records: list[dict[str, Any]]) -> tuple[ShardEntry, ...]:
-    return tuple(ShardEntry(**{**record, "offsets": tuple((int(a), int(b)) for a, b in record["offsets"])}) for record in records)
+    return tuple(
+        ShardEntry(**{**record, "offsets": tuple((int(a), int(b)) for a, b in record["offsets"])}) for record in records
+    )
 
 
 def read_index(url: str) -> StreamIndex:
@@ -157,7 +161,9 @@ def read_index(url: str) -> StreamIndex:
         raise CorruptFile(f"{url}/index.json is not JSON ({error})") from error
     try:
         stored = record.pop("fingerprint")
-        index = StreamIndex(**{**record, **{name: _shards(record[name]) for name in ("shards", "target", "evaluation")}})
+        index = StreamIndex(
+            **{**record, **{name: _shards(record[name]) for name in ("shards", "target", "evaluation")}}
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFile(f"{url}/index.json is damaged ({error})") from error
     if index.version != STREAM_VERSION:
@@ -175,6 +181,8 @@ def read_shard(url: str, entry: ShardEntry) -> Iterator[RankedSample]:
     except FileNotFoundError as error:
         raise CorruptFile(f"{where} is listed in the index but missing; run `lehr export` again") from error
     if sha256(body) != entry.sha256:
-        raise CorruptFile(f"{where} differs from the index ({len(body)} bytes, {entry.bytes} listed); it is truncated or damaged. Run `lehr export` again")
+        raise CorruptFile(
+            f"{where} differs from the index ({len(body)} bytes, {entry.bytes} listed); it is truncated or damaged. Run `lehr export` again"
+        )
     for number, (offset, size) in enumerate(entry.offsets):
         yield decode_record(body[offset : offset + size], f"{where} member {number}")

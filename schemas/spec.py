@@ -46,9 +46,13 @@ class CorpusColumns:
     """Further columns that travel with the sample into features, selection and shards."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.prompt) == bool(self.completion), "prompt and completion columns are given together or not at all")
+        _require(
+            bool(self.prompt) == bool(self.completion), "prompt and completion columns are given together or not at all"
+        )
         _require(not (self.prompt and self.messages), "choose prompt + completion or messages, not both")
-        _require(bool(self.text or self.prompt or self.messages), "name a text column, prompt + completion, or messages")
+        _require(
+            bool(self.text or self.prompt or self.messages), "name a text column, prompt + completion, or messages"
+        )
 
     @property
     def kind(self) -> Literal["text", "prompt", "messages"]:
@@ -81,7 +85,10 @@ class PlanSpec:
 
     def __post_init__(self) -> None:
         _require(bool(self.corpus), "a corpus needs a name")
-        _require(self.format in get_args(CorpusFormat), f"unknown format {self.format!r}: {', '.join(get_args(CorpusFormat))}")
+        _require(
+            self.format in get_args(CorpusFormat),
+            f"unknown format {self.format!r}: {', '.join(get_args(CorpusFormat))}",
+        )
         _require(self.unit_tokens > 0, f"unit_tokens must be positive, not {self.unit_tokens}")
         _require(self.max_row_bytes > 0, f"max_row_bytes must be positive, not {self.max_row_bytes}")
         _require(self.limit >= 0, f"limit must be 0 (all rows) or positive, not {self.limit}")
@@ -102,8 +109,14 @@ class EncodingSpec:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 2, f"max_tokens must be at least 2, not {self.max_tokens}")
-        _require(2 <= self.min_tokens <= self.max_tokens, f"min_tokens must lie in 2..{self.max_tokens}, not {self.min_tokens}")
-        _require(self.append_eos in get_args(AppendEos), f"unknown append_eos {self.append_eos!r}: {', '.join(get_args(AppendEos))}")
+        _require(
+            2 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens must lie in 2..{self.max_tokens}, not {self.min_tokens}",
+        )
+        _require(
+            self.append_eos in get_args(AppendEos),
+            f"unknown append_eos {self.append_eos!r}: {', '.join(get_args(AppendEos))}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +188,9 @@ def feature_spec_from_dict(record: dict[str, Any]) -> FeatureSpec:
     """Rebuild a `FeatureSpec` from the JSON of a manifest."""
     values = dict(record)
     values["encoding"] = EncodingSpec(**record["encoding"])
-    values["input_groups"] = tuple(InputGroup(name=group["name"], sites=tuple(group["sites"])) for group in record["input_groups"])
+    values["input_groups"] = tuple(
+        InputGroup(name=group["name"], sites=tuple(group["sites"])) for group in record["input_groups"]
+    )
     return FeatureSpec(**values)
 
 

@@ -57,7 +57,9 @@ def sha256(data: bytes) -> str:
 
 def _cannot(action: str, url: str, error: OSError) -> LehrError:
     reason = error.strerror or str(error)
-    return InputError(f"cannot {action} {url}: {reason}. Check that the place exists, has space left and may be used by you")
+    return InputError(
+        f"cannot {action} {url}: {reason}. Check that the place exists, has space left and may be used by you"
+    )
 
 
 def exists(url: str) -> bool:

@@ -35,54 +35,97 @@ _PLACE = [
 _MEASURES = [
     _field("tokens", pa.int32(), "length of the sample; what a token budget counts", "tokens"),
     _field("loss_tokens", pa.int32(), "tokens that carry loss", "tokens"),
-    _field("loss", pa.float32(), "loss of the sample, summed over its loss tokens (or their mean, as the spec says)", "nats"),
-    _field("grad_norm", pa.float32(), "norm of the unfolded projected gradient: an unbiased estimate of the gradient norm", "nats per parameter unit"),
-    _field("sketch_norm", pa.float32(), "norm of the sketch before it was scaled to unit norm", "nats per parameter unit"),
+    _field(
+        "loss",
+        pa.float32(),
+        "loss of the sample, summed over its loss tokens (or their mean, as the spec says)",
+        "nats",
+    ),
+    _field(
+        "grad_norm",
+        pa.float32(),
+        "norm of the unfolded projected gradient: an unbiased estimate of the gradient norm",
+        "nats per parameter unit",
+    ),
+    _field(
+        "sketch_norm", pa.float32(), "norm of the sketch before it was scaled to unit norm", "nats per parameter unit"
+    ),
 ]
 _GEOMETRY = [
     _field("alignment", pa.float32(), "cosine of the sketch and the mean target gradient", "1"),
-    _field("influence", pa.float32(), "z' (C + delta I)^-1 g of the unit-norm sketch z, C the centred Fisher, g the mean target gradient", "1"),
+    _field(
+        "influence",
+        pa.float32(),
+        "z' (C + delta I)^-1 g of the unit-norm sketch z, C the centred Fisher, g the mean target gradient",
+        "1",
+    ),
     _field("quad", pa.float32(), "z' (C + delta I)^-1 z of the unit-norm sketch z", "1"),
-    _field("stiff_cost", pa.float32(), "sum over stiff directions of eigenvalue * k * <z, v>^2 of the unit-norm sketch; centred Fisher", "1"),
+    _field(
+        "stiff_cost",
+        pa.float32(),
+        "sum over stiff directions of eigenvalue * k * <z, v>^2 of the unit-norm sketch; centred Fisher",
+        "1",
+    ),
     _field("flat_energy", pa.float32(), "share of the unit-norm sketch in flat directions; centred Fisher", "1"),
     _field("null_energy", pa.float32(), "share of the unit-norm sketch in null directions; centred Fisher", "1"),
-    _field("stiff_cost_empirical", pa.float32(), "stiff cost under the uncentred empirical Fisher, as DiReCT was published", "1"),
+    _field(
+        "stiff_cost_empirical",
+        pa.float32(),
+        "stiff cost under the uncentred empirical Fisher, as DiReCT was published",
+        "1",
+    ),
 ]
 _OVERLAP = [
-    _field("overlap", pa.float32(), "largest share of number-masked 8-grams shared with the reference or the evaluation samples; 1 for equal content_id", "1"),
+    _field(
+        "overlap",
+        pa.float32(),
+        "largest share of number-masked 8-grams shared with the reference or the evaluation samples; 1 for equal content_id",
+        "1",
+    ),
     _field("overlap_with", pa.string(), "which part of the target it overlaps: reference, evaluation, both, or empty"),
     _field("overlapping", pa.bool_(), "whether the overlap is over the limit, so that select leaves the sample out"),
 ]
 
 
 def _plan() -> pa.Schema:
-    return pa.schema([
-        _field("unit_id", pa.string(), "hash of path, range, source fingerprint and columns", "128-bit hex"),
-        _field("path", pa.string(), "corpus file, relative to the corpus root"),
-        _field("format", pa.string(), "parquet, jsonl or webdataset"),
-        _field("byte_start", pa.int64(), "first byte of the range (0 for Parquet: the range is in rows)", "bytes"),
-        _field("byte_end", pa.int64(), "end of the range, exclusive (file size for Parquet)", "bytes"),
-        _field("row_start", pa.int64(), "first row of the range", "rows"),
-        _field("row_count", pa.int64(), "rows in the range, unreadable ones included", "rows"),
-        _field("source_fingerprint", pa.string(), "hash of the bytes of the range (of size and footer for Parquet)", "128-bit hex"),
-        _field("estimated_tokens", pa.int64(), "tokens expected in the range", "tokens"),
-    ])
+    return pa.schema(
+        [
+            _field("unit_id", pa.string(), "hash of path, range, source fingerprint and columns", "128-bit hex"),
+            _field("path", pa.string(), "corpus file, relative to the corpus root"),
+            _field("format", pa.string(), "parquet, jsonl or webdataset"),
+            _field("byte_start", pa.int64(), "first byte of the range (0 for Parquet: the range is in rows)", "bytes"),
+            _field("byte_end", pa.int64(), "end of the range, exclusive (file size for Parquet)", "bytes"),
+            _field("row_start", pa.int64(), "first row of the range", "rows"),
+            _field("row_count", pa.int64(), "rows in the range, unreadable ones included", "rows"),
+            _field(
+                "source_fingerprint",
+                pa.string(),
+                "hash of the bytes of the range (of size and footer for Parquet)",
+                "128-bit hex",
+            ),
+            _field("estimated_tokens", pa.int64(), "tokens expected in the range", "tokens"),
+        ]
+    )
 
 
 def _features(k: int) -> pa.Schema:
-    return pa.schema([*_PLACE, *_MEASURES, _vector("sketch", pa.float16(), k, "low-rank projected per-sample gradient, unit norm")])
+    return pa.schema(
+        [*_PLACE, *_MEASURES, _vector("sketch", pa.float16(), k, "low-rank projected per-sample gradient, unit norm")]
+    )
 
 
 def _rejects() -> pa.Schema:
-    return pa.schema([
-        _field("path", pa.string(), "corpus file, relative to the corpus root"),
-        _field("row", pa.int64(), "position of the row in the file, from 0", "rows"),
-        _field("window", pa.int32(), "window of the row, 0 where it was never cut", "windows"),
-        _field("stage", pa.string(), "where it failed: read, encode or score"),
-        _field("reason", pa.string(), "why, as one of a few words"),
-        _field("detail", pa.string(), "what exactly was wrong"),
-        _field("preview", pa.string(), "the first characters, where there were any"),
-    ])
+    return pa.schema(
+        [
+            _field("path", pa.string(), "corpus file, relative to the corpus root"),
+            _field("row", pa.int64(), "position of the row in the file, from 0", "rows"),
+            _field("window", pa.int32(), "window of the row, 0 where it was never cut", "windows"),
+            _field("stage", pa.string(), "where it failed: read, encode or score"),
+            _field("reason", pa.string(), "why, as one of a few words"),
+            _field("detail", pa.string(), "what exactly was wrong"),
+            _field("preview", pa.string(), "the first characters, where there were any"),
+        ]
+    )
 
 
 def _curvature() -> pa.Schema:
@@ -90,107 +133,144 @@ def _curvature() -> pa.Schema:
 
 
 def _target_samples(k: int) -> pa.Schema:
-    return pa.schema([
-        _field("part", pa.string(), "reference (defines the target), evaluation (held out) or swapped (reference with answers exchanged)"),
-        *_PLACE,
-        _field("text", pa.string(), "the sample's text"),
-        _field("loss_spans", pa.string(), "character spans that carry loss, as a JSON list of [start, end]"),
-        *_MEASURES,
-        _vector("sketch", pa.float32(), k, "low-rank projected per-sample gradient, unit norm"),
-    ])
+    return pa.schema(
+        [
+            _field(
+                "part",
+                pa.string(),
+                "reference (defines the target), evaluation (held out) or swapped (reference with answers exchanged)",
+            ),
+            *_PLACE,
+            _field("text", pa.string(), "the sample's text"),
+            _field("loss_spans", pa.string(), "character spans that carry loss, as a JSON list of [start, end]"),
+            *_MEASURES,
+            _vector("sketch", pa.float32(), k, "low-rank projected per-sample gradient, unit norm"),
+        ]
+    )
 
 
 def _spectrum(k: int) -> pa.Schema:
-    return pa.schema([
-        _field("fisher", pa.string(), "centred or empirical"),
-        _field("index", pa.int32(), "position in descending order of eigenvalue, from 0"),
-        _field("eigenvalue", pa.float64(), "eigenvalue of the target's sketched curvature", "nats^2"),
-        _field("part", pa.string(), "stiff (before the elbow) or flat (after it); null directions are not listed"),
-        _field("cumulative_energy", pa.float64(), "share of the trace up to and including this eigenvalue", "1"),
-        _field("mean_share", pa.float64(), "share of the squared mean target gradient along this direction", "1"),
-        _vector("vector", pa.float32(), k, "eigenvector"),
-    ])
+    return pa.schema(
+        [
+            _field("fisher", pa.string(), "centred or empirical"),
+            _field("index", pa.int32(), "position in descending order of eigenvalue, from 0"),
+            _field("eigenvalue", pa.float64(), "eigenvalue of the target's sketched curvature", "nats^2"),
+            _field("part", pa.string(), "stiff (before the elbow) or flat (after it); null directions are not listed"),
+            _field("cumulative_energy", pa.float64(), "share of the trace up to and including this eigenvalue", "1"),
+            _field("mean_share", pa.float64(), "share of the squared mean target gradient along this direction", "1"),
+            _vector("vector", pa.float32(), k, "eigenvector"),
+        ]
+    )
 
 
 def _selection() -> pa.Schema:
     optional = [field.with_nullable(True) for field in (*_GEOMETRY, *_OVERLAP)]
-    return pa.schema([
-        *_PLACE, *_MEASURES, *optional,
-        _field("rank", pa.int64(), "position in the selection, 0 = best; null where not selected", nullable=True),
-        _field("selected", pa.bool_(), "whether the sample is in the selection"),
-        _field("selection_weight", pa.float32(), "factor on the sample's loss; 0 where not selected", "1"),
-        _field("score", pa.float64(), "what the selector ranked by; null where it could not be computed", "see solution.json", nullable=True),
-        _field("scores", pa.map_(pa.string(), pa.float64()), "everything else that decided, by name"),
-        _field("reason", pa.string(), "selected, or why not"),
-    ])
+    return pa.schema(
+        [
+            *_PLACE,
+            *_MEASURES,
+            *optional,
+            _field("rank", pa.int64(), "position in the selection, 0 = best; null where not selected", nullable=True),
+            _field("selected", pa.bool_(), "whether the sample is in the selection"),
+            _field("selection_weight", pa.float32(), "factor on the sample's loss; 0 where not selected", "1"),
+            _field(
+                "score",
+                pa.float64(),
+                "what the selector ranked by; null where it could not be computed",
+                "see solution.json",
+                nullable=True,
+            ),
+            _field("scores", pa.map_(pa.string(), pa.float64()), "everything else that decided, by name"),
+            _field("reason", pa.string(), "selected, or why not"),
+        ]
+    )
 
 
 def _steps() -> pa.Schema:
     number = pa.float64()
-    return pa.schema([
-        _field("step", pa.int64(), "optimizer step, from 1", "steps"),
-        _field("policy", pa.string(), "policy asked for"),
-        _field("metric", pa.string(), "metric that acted (sgd during warm-up), empty where none"),
-        _field("mode", pa.string(), "plain, two-pass or one-pass: what the step really did"),
-        _field("offered", pa.int32(), "candidates offered", "samples"),
-        _field("kept", pa.int32(), "candidates trained on", "samples"),
-        _field("offered_tokens", pa.int64(), "tokens of the candidates offered", "tokens"),
-        _field("trained_tokens", pa.int64(), "tokens of the candidates kept", "tokens"),
-        _field("total_offered_tokens", pa.int64(), "offered tokens since the start", "tokens"),
-        _field("total_trained_tokens", pa.int64(), "trained tokens since the start", "tokens"),
-        _field("loss", number, "step loss before the update", "nats per token"),
-        _field("target_loss", number, "loss of the step's target batch before the update", "nats per token", True),
-        _field("eval_loss", number, "loss on the evaluation set after the update", "nats per token", True),
-        _field("learning_rate", number, "learning rate of the step", "1"),
-        _field("grad_norm", number, "norm of the weighted gradient before clipping", "nats per parameter unit"),
-        _field("clip_factor", number, "factor that clipping applied", "1"),
-        _field("weight_sum", number, "sum of step weights", "1"),
-        _field("effective_sample_size", number, "(sum w)^2 / sum w^2", "samples"),
-        _field("alpha", number, "uniform coefficient of the line search", "1", True),
-        _field("interaction_to_alignment", number, "|w'Kw / 2| over |b'w|", "1", True),
-        _field("matching_error", number, "1 - captured share of the target's drop, see trainer docs", "1", True),
-        _field("update_target_cosine", number, "cosine of the weighted gradient and the metric's target direction, on sketches", "1", True),
-        _field("fallback", pa.string(), "which fallback acted, empty where none"),
-        _field("padding_share", number, "padding among the tokens computed", "1"),
-    ])
+    return pa.schema(
+        [
+            _field("step", pa.int64(), "optimizer step, from 1", "steps"),
+            _field("policy", pa.string(), "policy asked for"),
+            _field("metric", pa.string(), "metric that acted (sgd during warm-up), empty where none"),
+            _field("mode", pa.string(), "plain, two-pass or one-pass: what the step really did"),
+            _field("offered", pa.int32(), "candidates offered", "samples"),
+            _field("kept", pa.int32(), "candidates trained on", "samples"),
+            _field("offered_tokens", pa.int64(), "tokens of the candidates offered", "tokens"),
+            _field("trained_tokens", pa.int64(), "tokens of the candidates kept", "tokens"),
+            _field("total_offered_tokens", pa.int64(), "offered tokens since the start", "tokens"),
+            _field("total_trained_tokens", pa.int64(), "trained tokens since the start", "tokens"),
+            _field("loss", number, "step loss before the update", "nats per token"),
+            _field("target_loss", number, "loss of the step's target batch before the update", "nats per token", True),
+            _field("eval_loss", number, "loss on the evaluation set after the update", "nats per token", True),
+            _field("learning_rate", number, "learning rate of the step", "1"),
+            _field("grad_norm", number, "norm of the weighted gradient before clipping", "nats per parameter unit"),
+            _field("clip_factor", number, "factor that clipping applied", "1"),
+            _field("weight_sum", number, "sum of step weights", "1"),
+            _field("effective_sample_size", number, "(sum w)^2 / sum w^2", "samples"),
+            _field("alpha", number, "uniform coefficient of the line search", "1", True),
+            _field("interaction_to_alignment", number, "|w'Kw / 2| over |b'w|", "1", True),
+            _field("matching_error", number, "1 - captured share of the target's drop, see trainer docs", "1", True),
+            _field(
+                "update_target_cosine",
+                number,
+                "cosine of the weighted gradient and the metric's target direction, on sketches",
+                "1",
+                True,
+            ),
+            _field("fallback", pa.string(), "which fallback acted, empty where none"),
+            _field("padding_share", number, "padding among the tokens computed", "1"),
+        ]
+    )
 
 
 def _decisions() -> pa.Schema:
     number = pa.float64()
-    return pa.schema([
-        _field("step", pa.int64(), "optimizer step, from 1", "steps"),
-        _field("position", pa.int64(), "position in the order of the stream, from 0", "samples"),
-        _field("sample_id", pa.string(), "sample offered", "128-bit hex"),
-        _field("rank", pa.int64(), "rank in the stream"),
-        _field("tokens", pa.int32(), "length of the sample", "tokens"),
-        _field("loss_tokens", pa.int32(), "tokens that carry loss", "tokens"),
-        _field("loss", number, "loss of the sample before the update", "nats", True),
-        _field("alignment", number, "b_j of the metric", "metric units", True),
-        _field("self_interaction", number, "K_jj of the metric", "metric units", True),
-        _field("score", number, "filter score at the moment of choice", "metric units", True),
-        _field("kept", pa.bool_(), "whether the sample was trained on"),
-        _field("step_weight", number, "factor on its loss; mean 1 over the kept, 0 where not kept", "1"),
-        _field("reason", pa.string(), "why it was kept or left"),
-    ])
+    return pa.schema(
+        [
+            _field("step", pa.int64(), "optimizer step, from 1", "steps"),
+            _field("position", pa.int64(), "position in the order of the stream, from 0", "samples"),
+            _field("sample_id", pa.string(), "sample offered", "128-bit hex"),
+            _field("rank", pa.int64(), "rank in the stream"),
+            _field("tokens", pa.int32(), "length of the sample", "tokens"),
+            _field("loss_tokens", pa.int32(), "tokens that carry loss", "tokens"),
+            _field("loss", number, "loss of the sample before the update", "nats", True),
+            _field("alignment", number, "b_j of the metric", "metric units", True),
+            _field("self_interaction", number, "K_jj of the metric", "metric units", True),
+            _field("score", number, "filter score at the moment of choice", "metric units", True),
+            _field("kept", pa.bool_(), "whether the sample was trained on"),
+            _field("step_weight", number, "factor on its loss; mean 1 over the kept, 0 where not kept", "1"),
+            _field("reason", pa.string(), "why it was kept or left"),
+        ]
+    )
 
 
 def _timings() -> pa.Schema:
-    return pa.schema([
-        _field("step", pa.int64(), "optimizer step, from 1", "steps"),
-        _field("seconds", pa.float64(), "wall time of the step", "seconds"),
-        _field("cpu_seconds", pa.float64(), "processor time of the step", "seconds"),
-        _field("selection_seconds", pa.float64(), "wall time of choosing and weighting", "seconds"),
-        _field("host", pa.string(), "machine"),
-        _field("process", pa.int32(), "torchrun process"),
-    ])
+    return pa.schema(
+        [
+            _field("step", pa.int64(), "optimizer step, from 1", "steps"),
+            _field("seconds", pa.float64(), "wall time of the step", "seconds"),
+            _field("cpu_seconds", pa.float64(), "processor time of the step", "seconds"),
+            _field("selection_seconds", pa.float64(), "wall time of choosing and weighting", "seconds"),
+            _field("host", pa.string(), "machine"),
+            _field("process", pa.int32(), "torchrun process"),
+        ]
+    )
 
 
 _FIXED: dict[str, Callable[[], pa.Schema]] = {
-    "plan": _plan, "rejects": _rejects, "curvature": _curvature, "selection": _selection,
-    "steps": _steps, "decisions": _decisions, "timings": _timings,
+    "plan": _plan,
+    "rejects": _rejects,
+    "curvature": _curvature,
+    "selection": _selection,
+    "steps": _steps,
+    "decisions": _decisions,
+    "timings": _timings,
 }
 _SKETCHED: dict[str, Callable[[int], pa.Schema]] = {
-    "features": _features, "target_samples": _target_samples, "spectrum": _spectrum,
+    "features": _features,
+    "target_samples": _target_samples,
+    "spectrum": _spectrum,
 }
 GEOMETRY_COLUMNS = tuple(field.name for field in _GEOMETRY)
 OVERLAP_COLUMNS = tuple(field.name for field in _OVERLAP)
@@ -219,6 +299,12 @@ def describe_fields(name: str) -> list[tuple[str, str, str, bool, str]]:
     marker = 7_919
     schema = table_schema(name, marker) if name in _SKETCHED else table_schema(name)
     return [
-        (f.name, str(f.type).replace(str(marker), "k"), f.metadata[b"unit"].decode(), f.nullable, f.metadata[b"doc"].decode())
+        (
+            f.name,
+            str(f.type).replace(str(marker), "k"),
+            f.metadata[b"unit"].decode(),
+            f.nullable,
+            f.metadata[b"doc"].decode(),
+        )
         for f in schema
     ]
