@@ -1,0 +1,108 @@
+"""What every verb prints with: one console, live progress from heartbeats, small tables."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from schemas.run import Run
+from schemas.storage import is_local
+from schemas.timings import read_heartbeats
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def new_attempt() -> str:
+    """A name for one run of a command, so that progress counts only what this one did."""
+    return uuid.uuid4().hex[:12]
+
+
+class _Rate(ProgressColumn):
+    """Tokens per second and time left, over the whole run so far."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        if elapsed < 1 or not task.completed:
+            return Text("starting", style="dim")
+        rate = task.completed / elapsed
+        left = max(0.0, (task.total or 0) - task.completed) / rate
+        return Text(f"{rate:,.0f} tokens/s, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.4 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def size(count: float) -> str:
+    """Bytes with a unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class StageProgress:
+    """A bar over tokens, fed by the heartbeats of a stage's workers, whichever runner they live on."""
+
+    def __init__(self, run: Run, stage: str, name: str, attempt: str) -> None:
+        self._run, self._stage, self._name, self._attempt = run, stage, name, attempt
+        self._every = 1.0 if is_local(run.url) else 5.0
+        self._next = 0.0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
+            _Rate(),
+            TimeElapsedColumn(),
+            console=errors,
+            transient=False,
+        )
+        self._task = self._progress.add_task(stage, total=None)
+
+    def start(self, total_tokens: int) -> None:
+        """Say how much there is to do."""
+        self._progress.update(self._task, total=max(total_tokens, 1))
+
+    def tick(self) -> None:
+        """Read the heartbeats if it is time to."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._every
+        beats = [b for b in read_heartbeats(self._run, self._stage, self._name) if b.attempt == self._attempt]
+        self._progress.update(self._task, completed=sum(beat.tokens_done for beat in beats))
+
+    @contextmanager
+    def live(self) -> Iterator[StageProgress]:
+        """Show the bar while the body runs."""
+        with self._progress:
+            yield self
+            self._next = 0.0
+            self.tick()
+
+
+def pairs(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """A two-column table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    return table

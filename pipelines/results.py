@@ -1,0 +1,52 @@
+"""What a job's workers tell the driver about each finished piece: small records, gathered by the job into one JSON file.
+
+The file is a message, not a result: the driver compares it with its plan and with what stands on storage before it writes
+a manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+import orjson
+
+from schemas.errors import RunIncomplete
+from schemas.storage import read_bytes, write_whole
+
+
+class _Write(beam.DoFn):
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def process(self, element: tuple[None, Iterable[dict[str, Any]]]) -> Iterator[int]:
+        records = sorted(element[1], key=lambda record: str(record["key"]))
+        write_whole(self._url, orjson.dumps(records))
+        yield len(records)
+
+
+class GatherResults(beam.PTransform):
+    """Write every record (a JSON-ready dict with a unique `key`) into one file at `url`, sorted by key."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+
+    def expand(self, records: beam.PCollection) -> beam.PCollection:
+        return (
+            records
+            | "PairWithNone" >> beam.Map(lambda record: (None, record))
+            | "GatherOnOne" >> beam.GroupByKey()
+            | "WriteResults" >> beam.ParDo(_Write(self._url))
+        )
+
+
+def read_results(url: str) -> dict[str, dict[str, Any]]:
+    """Records by key. Raises `RunIncomplete` where the job did not get as far as writing them."""
+    try:
+        return {record["key"]: record for record in orjson.loads(read_bytes(url))}
+    except (FileNotFoundError, ValueError) as error:
+        raise RunIncomplete(
+            "the pipeline ended before all its work was done; run the same command again to resume"
+        ) from error

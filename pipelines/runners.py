@@ -1,0 +1,181 @@
+"""Running a Beam job: in this process, in several local processes under a supervisor, or on any other Beam runner.
+
+No runner's final state is taken as proof of anything here: a stage compares what it planned with what stands on storage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from schemas.errors import InputError, LehrError, RunIncomplete
+
+log = logging.getLogger(__name__)
+
+_IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+_WORKER_LOST = 75
+_MAX_FRUITLESS = 2
+_TICK_S = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where a pipeline runs. Changes no result, so it stands in no spec."""
+
+    runner: str = "local"
+    """`local`, or the name of any Beam runner (DataflowRunner, FlinkRunner, SparkRunner, a class path)."""
+    workers: int = 0
+    """Local worker processes; 0 starts one per visible accelerator, or one per processor core as far as memory allows."""
+    beam_options: tuple[str, ...] = ()
+    """Further options for Beam, each as `--name=value`."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(f"workers must be 0 (choose) or positive, not {self.workers}")
+        for option in self.beam_options:
+            if not option.startswith("--"):
+                raise InputError(f"Beam option {option!r} must look like --name=value")
+
+
+class Job(Protocol):
+    """A pipeline that can be sent to another process: settings, and how to build the pipeline from them."""
+
+    def build(self, pipeline: beam.Pipeline) -> None:
+        """Add the transforms."""
+
+
+def default_workers(model_bytes: int = 0) -> int:
+    """One worker per visible accelerator; on CPU one per core, each with room for the model and its activations."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Weights, activations of a batch and the logits of a chunk: measured near 4 x the weights plus 2 GB at 135M.
+    needed = 4 * model_bytes + 2 * 2**30
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return max(1, min(cores, available // needed))
+
+
+def run_job(
+    job: Job,
+    execution: Execution,
+    *,
+    finished: Callable[[], int],
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `job` to its end, calling `tick` a few times a second.
+
+    `finished` counts the units that stand on storage; a local run whose worker was killed is started again for as long
+    as that count grows between two starts. Raises `RunIncomplete` when it no longer does.
+    """
+    if execution.runner != "local":
+        _run_remote(job, execution, tick)
+    elif execution.workers == 1:
+        _in_thread(lambda: _run_local(job, 1, execution.beam_options), tick)
+    else:
+        _supervise(job, execution, finished, tick)
+
+
+def _run_local(job: Job, workers: int, beam_options: tuple[str, ...]) -> None:
+    options = [f"--runner={_IN_PROCESS}", "--no_save_main_session", *beam_options]
+    if workers > 1:
+        options += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    pipeline = beam.Pipeline(options=PipelineOptions(options))
+    job.build(pipeline)
+    pipeline.run().wait_until_finish()
+
+
+def _run_remote(job: Job, execution: Execution, tick: Callable[[], None]) -> None:
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions([f"--runner={execution.runner}", *execution.beam_options]))
+    except ValueError as error:
+        raise InputError(f"Beam does not know the runner {execution.runner!r}: {error}") from error
+    job.build(pipeline)
+    _in_thread(lambda: pipeline.run().wait_until_finish(), tick)
+
+
+def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> None:
+    """Run `work` in a thread, so that this one can show progress and take Ctrl-C."""
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="lehr-pipeline", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_TICK_S)
+        tick()
+    if failure:
+        raise failure[0]
+
+
+def _supervise(job: Job, execution: Execution, finished: Callable[[], int], tick: Callable[[], None]) -> None:
+    """Beam's own local runner hangs when one of its workers is killed; a child process that then ends itself does not."""
+    context = multiprocessing.get_context("spawn")
+    fruitless, before = 0, finished()
+    while True:
+        reader, writer = context.Pipe(duplex=False)
+        arguments = (job, execution.workers, execution.beam_options, os.getpid(), writer)
+        child = context.Process(target=_child, args=arguments, name="lehr-runner")
+        child.start()
+        writer.close()
+        try:
+            while child.is_alive():
+                child.join(_TICK_S)
+                tick()
+        except BaseException:
+            child.kill()
+            child.join()
+            raise
+        if child.exitcode == 0:
+            return
+        if reader.poll():
+            raise LehrError(f"the local pipeline failed: {reader.recv()}")
+        after = finished()
+        fruitless = 0 if after > before else fruitless + 1
+        if fruitless > _MAX_FRUITLESS:
+            raise RunIncomplete(
+                f"workers were killed {fruitless} times without one more unit finished (exit status {child.exitcode}); "
+                "most often memory: use fewer --workers or smaller --batch-tokens, then run the same command again"
+            )
+        log.warning("a worker process was lost; %d units stand, starting again", after)
+        before = after
+
+
+def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, writer: Any) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def guard(arguments: threading.ExceptHookArgs) -> None:
+        if "Worker subprocess exited" in str(arguments.exc_value):
+            os._exit(_WORKER_LOST)
+        threading.__excepthook__(arguments)
+
+    def follow_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(_WORKER_LOST)
+
+    threading.excepthook = guard
+    threading.Thread(target=follow_parent, daemon=True).start()
+    try:
+        _run_local(job, workers, beam_options)
+    except BaseException as error:
+        if "Worker subprocess exited" in str(error):
+            os._exit(_WORKER_LOST)
+        writer.send(f"{type(error).__name__}: {error}"[-4000:])
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,231 @@
+"""Scoring samples: one model in one process, a list of samples in, feature columns and rejects out. No Beam, no files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from selection_ops.batching import collate, length_batches
+from selection_ops.encoding import Encoded, Encoder
+from selection_ops.engine import GradientEngine, SampleFeatures
+from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
+
+from pipelines.scoring import ModelLocation
+from schemas.errors import InputError
+from schemas.sample import Reject, Sample
+from schemas.spec import FeatureSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Scored samples in the order they were given, without those that were rejected.
+
+    `unit_NK` holds float32 rows of unit norm; `norm_N` their norms before scaling.
+    """
+
+    samples: tuple[Sample, ...]
+    tokens_N: np.ndarray
+    loss_tokens_N: np.ndarray
+    loss_N: np.ndarray
+    grad_norm_N: np.ndarray
+    norm_N: np.ndarray
+    unit_NK: np.ndarray
+    rejects: tuple[Reject, ...]
+    batch_halvings: int
+
+
+def claim_device(name: str) -> torch.device:
+    """A device for this worker process: the CPU, or one accelerator that no other worker called `name` here holds."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1:
+        return torch.device("cuda", 0)
+    import fcntl
+    import tempfile
+
+    for index in range(count):
+        handle = os.open(os.path.join(tempfile.gettempdir(), f"lehr-{name}-cuda-{index}.lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            continue
+        return torch.device("cuda", index)  # the lock lives as long as this process
+    raise InputError(f"all {count} accelerators are taken by workers of this job; use --workers {count} or fewer")
+
+
+class SampleScorer:
+    """Scores samples under one feature spec. The model is loaded at the first use and kept."""
+
+    def __init__(self, spec: FeatureSpec, location: ModelLocation) -> None:
+        self.spec = spec
+        self._location = location
+        self._encoder: Encoder | None = None
+        self._engine: GradientEngine | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def encoder(self) -> Encoder:
+        """Encoder of the spec; needs the tokenizer alone."""
+        if self._encoder is None:
+            self._encoder = load_encoder(self.spec, self._location)
+        return self._encoder
+
+    def _loaded_engine(self) -> GradientEngine:
+        if self._engine is None:
+            self._device = claim_device(self.spec.fingerprint)
+            if self._device.type == "cpu":
+                # One thread a worker: the order of float additions, and so every byte, is independent of --workers.
+                torch.set_num_threads(1)
+            loaded = load_model(
+                self._location.model,
+                revision=self._location.revision,
+                dtype=self.spec.dtype,
+                attention=self.spec.attention,
+                device=str(self._device),
+            )
+            if loaded.model_fingerprint != self.spec.model:
+                raise InputError(
+                    f"{self._location.model} has fingerprint {loaded.model_fingerprint}, "
+                    f"but the scoring was declared with {self.spec.model}"
+                )
+            self._engine = GradientEngine.from_spec(loaded.model, self.spec)
+        return self._engine
+
+    def score(self, samples: Sequence[Sample], on_tokens: Callable[[int], None] = lambda count: None) -> Scored:
+        """Features of every sample, computed in length-sorted batches of bounded tokens."""
+        encoded = [self.encoder.encode(sample.text, sample.loss_spans) for sample in samples]
+        engine = self._loaded_engine()
+        rows: list[tuple[float, int, float, np.ndarray] | None] = [None] * len(samples)
+        rejects: dict[int, Reject] = {}
+        halvings = 0
+        queue = length_batches([len(item.ids) for item in encoded], self.spec.batch_tokens)
+        queue.reverse()
+        with engine:
+            while queue:
+                indices = queue.pop()
+                try:
+                    result = self._features(engine, [encoded[index] for index in indices])
+                except Exception as error:
+                    if len(indices) > 1:
+                        # Out of memory halves the batch; any other failure is narrowed down to the sample that causes it.
+                        halvings += _is_out_of_memory(error)
+                        middle = len(indices) // 2
+                        queue += [indices[middle:], indices[:middle]]
+                        continue
+                    reason = "out_of_memory" if _is_out_of_memory(error) else "model_error"
+                    rejects[indices[0]] = _reject(samples[indices[0]], reason, f"{type(error).__name__}: {error}"[:500])
+                    continue
+                for position, index in enumerate(indices):
+                    row = _row(result, position)
+                    if row is None:
+                        detail = "its loss or gradient is NaN, infinite or zero"
+                        rejects[index] = _reject(samples[index], "non_finite", detail)
+                    else:
+                        rows[index] = row
+                on_tokens(sum(len(encoded[index].ids) for index in indices))
+        kept = [index for index, row in enumerate(rows) if row is not None]
+        values: list[Any] = [rows[index] for index in kept]
+        width = self.spec.sketch_size
+        return Scored(
+            samples=tuple(samples[index] for index in kept),
+            tokens_N=np.array([len(encoded[index].ids) for index in kept], np.int32),
+            loss_tokens_N=np.array([value[1] for value in values], np.int32),
+            loss_N=np.array([value[0] for value in values], np.float32),
+            grad_norm_N=np.array([value[2] for value in values], np.float32),
+            norm_N=np.array([np.linalg.norm(value[3]) for value in values], np.float32),
+            unit_NK=np.stack([value[3] / np.linalg.norm(value[3]) for value in values]).astype(np.float32)
+            if values
+            else np.zeros((0, width), np.float32),
+            rejects=tuple(rejects[index] for index in sorted(rejects)),
+            batch_halvings=halvings,
+        )
+
+    def _features(self, engine: GradientEngine, batch: list[Encoded]) -> SampleFeatures:
+        try:
+            return engine.features(collate(batch, device=self._device))
+        finally:
+            if (
+                self._device.type == "cuda"
+                and torch.cuda.memory_reserved() > 0.95 * torch.cuda.get_device_properties(0).total_memory
+            ):
+                torch.cuda.empty_cache()
+
+
+def load_encoder(spec: FeatureSpec, location: ModelLocation) -> Encoder:
+    """Encoder of a spec. Raises `InputError` where the tokenizer is not the one the spec names."""
+    tokenizer = load_tokenizer(location.model, revision=location.revision)
+    found = tokenizer_fingerprint(location.model, revision=location.revision)
+    if found != spec.tokenizer:
+        raise InputError(
+            f"the tokenizer at {location.model} has fingerprint {found}, but the scoring was declared with {spec.tokenizer}"
+        )
+    return Encoder(tokenizer, spec.encoding)
+
+
+def _row(result: SampleFeatures, position: int) -> tuple[float, int, float, np.ndarray] | None:
+    loss = float(result.loss_B[position])
+    norm = float(result.grad_norm_B[position])
+    sketch = result.sketch_BK[position].double().cpu().numpy()
+    size = float(np.linalg.norm(sketch))
+    if not (np.isfinite(loss) and np.isfinite(norm) and np.isfinite(size) and size > 0):
+        return None
+    return loss, int(result.loss_tokens_B[position]), norm, sketch
+
+
+def _reject(sample: Sample, reason: str, detail: str) -> Reject:
+    return Reject(
+        path=sample.path,
+        row=sample.row,
+        window=sample.window,
+        stage="score",
+        reason=reason,
+        detail=detail,
+        preview=sample.preview,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """The columns of a table that say which sample a row is."""
+    names = (
+        "sample_id",
+        "content_id",
+        "source_id",
+        "path",
+        "row",
+        "window",
+        "char_start",
+        "char_end",
+        "domain",
+        "extra",
+        "preview",
+    )
+    return {name: [getattr(sample, name) for sample in samples] for name in names}
+
+
+def scored_columns(scored: Scored, schema: pa.Schema) -> dict[str, Any]:
+    """Place, measures and sketch of scored samples as Arrow-ready columns of `schema`."""
+    vector = schema.field("sketch").type
+    values = scored.unit_NK.astype(vector.value_type.to_pandas_dtype()).reshape(-1)
+    return {
+        **sample_columns(scored.samples),
+        "tokens": scored.tokens_N,
+        "loss_tokens": scored.loss_tokens_N,
+        "loss": scored.loss_N,
+        "grad_norm": scored.grad_norm_N,
+        "sketch_norm": scored.norm_N,
+        "sketch": pa.FixedSizeListArray.from_arrays(pa.array(values), type=vector),
+    }

@@ -1,0 +1,147 @@
+"""Declaring a scoring: the feature spec is fixed, under a name, the first time anything is computed with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import orjson
+
+from schemas.errors import InputError
+from schemas.fingerprint import plain
+from schemas.manifest import Manifest, write_manifest
+from schemas.run import Run, check_name
+from schemas.spec import AppendEos, DType, EncodingSpec, FeatureSpec, LossKind
+from schemas.storage import exists, read_bytes, write_whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """What makes a scoring. Options left out take the value of the scoring that already exists, or the default."""
+
+    model: str | None = None
+    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    max_tokens: int | None = None
+    """Longest sample in tokens; longer documents are cut into windows (default 1024)."""
+    min_tokens: int | None = None
+    """Shorter samples and tails are rejected as too_short (default 8)."""
+    append_eos: AppendEos | None = None
+    """Where an end-of-sequence token is appended and trained on (default: behind completions)."""
+    chat_template: str | None = None
+    """Jinja chat template for messages (default: the tokenizer's own)."""
+    proj_rank: int | None = None
+    """Rank of the projection on each side of a linear map (default 16)."""
+    k: int | None = None
+    """Sketch dimension; 0 keeps all numbers (default 2048)."""
+    seed: int | None = None
+    """Seed of the projections (default 0)."""
+    loss: LossKind | None = None
+    """Loss of a sample: sum over its loss tokens, or their mean (default sum)."""
+    dtype: DType | None = None
+    """Arithmetic (default: bfloat16 where the hardware multiplies it fast, else float32)."""
+    attention: str | None = None
+    """Attention implementation (default: the fastest one for the hardware)."""
+    batch_tokens: int | None = None
+    """Longest x count of a batch, in tokens (default 4096 on an accelerator, 1024 on CPU)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelLocation:
+    """Where the weights of a scoring lie on this machine; execution, not spec."""
+
+    model: str
+    revision: str | None = None
+
+
+def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureSpec, ModelLocation]:
+    """The feature spec of scoring `name`, declared now if it is new, and where its model lies.
+
+    Raises `InputError` where an option differs from the scoring that exists.
+    """
+    check_name("scoring", name)
+    if exists(run.path(run.manifest_path("scoring", name))):
+        spec = run.scoring(name)
+        _refuse_changes(name, spec, options)
+        return spec, _location(run, name, spec, options)
+    if not options.model:
+        raise InputError(f"scoring {name!r} does not exist yet in {run.url}: name the model with --model")
+    spec, report = _resolve(options)
+    location = ModelLocation(model=options.model, revision=options.revision)
+    _remember(run, name, location)
+    write_manifest(
+        run.path(run.manifest_path("scoring", name)),
+        Manifest(stage="scoring", name=name, spec=plain(spec), inputs={}, summary=report),
+    )
+    return run.scoring(name), location
+
+
+def _resolve(options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
+    import torch
+    from selection_ops.model import default_attention, default_dtype, load_model
+    from selection_ops.sites import find_sites
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype or default_dtype(device)
+    attention = options.attention or default_attention(device)
+    loaded = load_model(options.model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
+    report = find_sites(loaded.model)
+    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}
+    numbers = {name: given[name] for name in ("proj_rank", "k", "seed", "loss") if name in given}
+    spec = FeatureSpec(
+        model=loaded.model_fingerprint,
+        tokenizer=loaded.tokenizer_fingerprint,
+        encoding=EncodingSpec(**encoding),
+        input_groups=report.input_groups,
+        dtype=dtype,
+        attention=attention,
+        batch_tokens=options.batch_tokens or (4096 if device == "cuda" else 1024),
+        **numbers,
+    )
+    return spec, {
+        "parameters": report.parameters,
+        "attributed_parameters": report.attributed_parameters,
+        "attributed_share": report.attributed_parameters / report.parameters,
+        "not_attributed": {name: reason for name, reason in report.unattributed.items()},
+    }
+
+
+def _refuse_changes(name: str, spec: FeatureSpec, options: ScoringOptions) -> None:
+    fixed = {**plain(spec), **plain(spec.encoding)}
+    for option, value in dataclasses.asdict(options).items():
+        if value is None or option in ("model", "revision"):
+            continue
+        if fixed[option] != value:
+            raise InputError(
+                f"scoring {name!r} was declared with {option} = {fixed[option]!r}, not {value!r}; "
+                "a scoring never changes. Give the new one another name with --scoring"
+            )
+
+
+def _location_url(run: Run, name: str) -> str:
+    return run.path(f"{run.timings_folder('scoring', name)}/model.json")
+
+
+def _remember(run: Run, name: str, location: ModelLocation) -> None:
+    write_whole(_location_url(run, name), orjson.dumps(plain(location)))
+
+
+def _location(run: Run, name: str, spec: FeatureSpec, options: ScoringOptions) -> ModelLocation:
+    if options.model:
+        from selection_ops.model import model_fingerprint
+
+        found = model_fingerprint(options.model, revision=options.revision)
+        if found != spec.model:
+            raise InputError(
+                f"scoring {name!r} was declared with a model of fingerprint {spec.model}; {options.model} has {found}. "
+                "Features of two models cannot be mixed: use another --scoring"
+            )
+        location = ModelLocation(model=options.model, revision=options.revision)
+        _remember(run, name, location)
+        return location
+    try:
+        return ModelLocation(**orjson.loads(read_bytes(_location_url(run, name))))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise InputError(f"where the model of scoring {name!r} lies is not known here: name it with --model") from error

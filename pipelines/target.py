@@ -1,0 +1,383 @@
+"""Describing a target: the small set that stands for what the model should become good at.
+
+The driver reads, encodes and checks the samples (a target set is small); a pipeline scores them in chunks; the driver puts
+the chunks together, decomposes the curvature and writes samples, spectrum and manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import apache_beam as beam
+import orjson
+import pyarrow as pa
+import torch
+from apache_beam.utils.shared import Shared
+from selection_ops.encoding import Encoder
+
+from pipelines.geometry import full_sketches, write_spectrum
+from pipelines.plan import corpus_files
+from pipelines.readers import file_format, get_reader
+from pipelines.results import GatherResults, read_results
+from pipelines.runners import Execution, run_job
+from pipelines.scorer import SampleScorer, load_encoder, scored_columns
+from pipelines.scoring import ModelLocation, ScoringOptions, scoring_spec
+from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
+from schemas.fingerprint import fingerprint, plain
+from schemas.ids import content_id, sample_id
+from schemas.manifest import Manifest, write_manifest
+from schemas.parquet import Footer, decode_table, write_table
+from schemas.run import Run, check_name
+from schemas.sample import Reject, Row, Sample
+from schemas.spec import CorpusColumns, FeatureSpec, PlanSpec
+from schemas.storage import exists, list_names, read_bytes
+from schemas.tables import table_schema
+from schemas.timings import HeartbeatWriter
+from selection_ops.curvature import TargetGeometry, describe_target
+from selection_ops.overlap import OVERLAP_LIMIT, OverlapIndex
+
+log = logging.getLogger(__name__)
+
+CHUNK_SAMPLES = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Where the target's samples are and how they are described."""
+
+    data: str
+    """Samples of the target: a file, folder or glob of Parquet, JSONL or WebDataset, local or any fsspec URL."""
+    eval: str = ""
+    """Held-out samples of the same kind, for evaluation only; they must not overlap the target's."""
+    columns: CorpusColumns = CorpusColumns()
+    """Which columns hold what."""
+    contrast: Literal["none", "swap"] = "none"
+    """`swap` also scores the target with its completions exchanged between rows, for `lehr select --contrast swap`."""
+    energy: float = 0.945
+    """Share of the trace at which the elbow between stiff and flat directions is put."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """A few samples of one part of a target, scored together."""
+
+    part: str
+    index: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}-{self.index:05d}-{fingerprint([sample.sample_id + sample.content_id for sample in self.samples])[:16]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TargetSettings:
+    run_url: str
+    scoring: str
+    target: str
+    location: ModelLocation
+    attempt: str = ""
+
+    def chunk_path(self, run: Run, key: str) -> str:
+        return f"{run.target_folder(self.target, self.scoring)}/chunks/{key}.parquet"
+
+
+class _ChunkScorer:
+    """Scores chunks in one process."""
+
+    def __init__(self, settings: _TargetSettings) -> None:
+        self._settings = settings
+        self._run = Run.open(settings.run_url)
+        self._spec = self._run.scoring(settings.scoring)
+        self._scorer = SampleScorer(self._spec, settings.location)
+        name = f"{settings.target}.{settings.scoring}"
+        self._heart = HeartbeatWriter(self._run, "target", name, attempt=settings.attempt)
+
+    def finish(self, chunk: _Chunk) -> dict[str, Any]:
+        try:
+            return self._finish(chunk)
+        except LehrError as error:
+            self._heart.error(str(error))
+            return {"key": chunk.key, "error": str(error)}
+
+    def _finish(self, chunk: _Chunk) -> dict[str, Any]:
+        path = self._settings.chunk_path(self._run, chunk.key)
+        if not _sound_chunk(self._run, path, self._spec):
+            self._heart.unit(chunk.key)
+            scored = self._scorer.score(chunk.samples, self._heart.tokens)
+            schema = table_schema("target_samples", self._spec.sketch_size)
+            columns = {
+                **scored_columns(scored, schema),
+                "part": [chunk.part] * len(scored.samples),
+                "text": [sample.text for sample in scored.samples],
+                "loss_spans": [orjson.dumps(sample.loss_spans).decode() for sample in scored.samples],
+            }
+            notes = {"rejects": [plain(reject) for reject in scored.rejects]}
+            footer = Footer(
+                schema="target_samples", spec=self._spec.fingerprint, inputs={"chunk": chunk.key}, notes=notes
+            )
+            write_table(self._run.url, path, pa.table(columns, schema=schema), footer)
+        self._heart.unit_done()
+        return {"key": chunk.key}
+
+
+def _sound_chunk(run: Run, path: str, spec: FeatureSpec) -> bool:
+    try:
+        decode_table(read_bytes(run.path(path)), run.path(path), schema="target_samples", spec=spec.fingerprint)
+    except (FileNotFoundError, CorruptFile):
+        return False
+    return True
+
+
+class _ScoreChunk(beam.DoFn):
+    def __init__(self, settings: _TargetSettings, shared: Shared) -> None:
+        self._settings = settings
+        self._shared = shared
+
+    def setup(self) -> None:
+        settings = self._settings
+        self._scorer = self._shared.acquire(lambda: _ChunkScorer(settings))
+
+    def process(self, element: _Chunk) -> Iterator[dict[str, Any]]:
+        yield self._scorer.finish(element)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TargetJob:
+    settings: _TargetSettings
+    chunks: tuple[_Chunk, ...]
+    results_url: str
+
+    def build(self, pipeline: beam.Pipeline) -> None:
+        (
+            pipeline
+            | "Chunks" >> beam.Create(list(self.chunks))
+            | "ScoreChunk" >> beam.ParDo(_ScoreChunk(self.settings, Shared()))
+            | "Gather" >> GatherResults(self.results_url)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetReport:
+    """A described target."""
+
+    name: str
+    scoring: str
+    counts: dict[str, int]
+    rejects: tuple[Reject, ...]
+    geometry: dict[str, Any]
+    coverage: dict[str, Any]
+    fingerprint: str
+
+
+def describe(
+    run: Run,
+    name: str,
+    scoring: str,
+    options: TargetOptions,
+    scoring_options: ScoringOptions,
+    execution: Execution,
+    *,
+    attempt: str = "",
+    on_start: Callable[[int, int], None] = lambda samples, tokens: None,
+    tick: Callable[[], None] = lambda: None,
+) -> TargetReport:
+    """Score a target set and write samples.parquet, spectrum.parquet and the manifest.
+
+    Raises `InputError` where the evaluation set overlaps the target, where no sample can be used, or where a target of
+    this name was described from other data.
+    """
+    check_name("target", name)
+    spec, location = scoring_spec(run, scoring, scoring_options)
+    encoder = load_encoder(spec, location)
+    parts, rejects = _read_parts(name, options, encoder)
+    _refuse_overlap(parts)
+    target_spec = {
+        "scoring": scoring,
+        "target": name,
+        "contrast": options.contrast,
+        "energy": options.energy,
+        "columns": plain(options.columns),
+        "content": {
+            part: fingerprint([[s.sample_id, s.content_id] for s in samples]) for part, samples in parts.items()
+        },
+    }
+    manifest_name = f"{name}.{scoring}"
+    if exists(run.path(run.manifest_path("target", manifest_name))):
+        before = run.manifest("target", manifest_name)
+        if before.spec != target_spec:
+            differing = sorted(key for key in target_spec if before.spec.get(key) != target_spec[key])
+            raise InputError(
+                f"target {name!r} was described before with other {', '.join(differing)}; give this one another name with --name"
+            )
+    settings = _TargetSettings(run_url=run.url, scoring=scoring, target=name, location=location, attempt=attempt)
+    chunks = tuple(
+        _Chunk(part=part, index=number, samples=samples[start : start + CHUNK_SAMPLES])
+        for part, samples in parts.items()
+        for number, start in enumerate(range(0, len(samples), CHUNK_SAMPLES))
+    )
+    lengths = [len(encoder.encode(s.text, s.loss_spans).ids) for samples in parts.values() for s in samples]
+    on_start(len(lengths), sum(lengths))
+    tables, score_rejects = _score_chunks(run, settings, chunks, execution, tick)
+    rejects += score_rejects
+    table = pa.concat_tables(tables)
+    geometry = _geometry(table, name, options)
+    return _write(run, name, scoring, spec, target_spec, table, geometry, rejects)
+
+
+def _read_parts(
+    name: str, options: TargetOptions, encoder: Encoder
+) -> tuple[dict[str, tuple[Sample, ...]], list[Reject]]:
+    parts: dict[str, tuple[Sample, ...]] = {}
+    rejects: list[Reject] = []
+    for part, source in (("reference", options.data), ("evaluation", options.eval)):
+        if source:
+            samples, refused = _read(f"{name}/{part}", source, options.columns, encoder)
+            if not samples:
+                reasons = "; ".join(f"{r.path} row {r.row}: {r.reason} {r.detail}".strip() for r in refused[:3])
+                raise InputError(f"{source}: no usable sample for the target ({reasons or 'it has no rows'})")
+            parts[part] = samples
+            rejects += refused
+    if options.contrast == "swap":
+        parts["swapped"] = swap_completions(f"{name}/swapped", parts["reference"])
+    return parts, rejects
+
+
+def _read(
+    corpus: str, source: str, columns: CorpusColumns, encoder: Encoder
+) -> tuple[tuple[Sample, ...], list[Reject]]:
+    spec = PlanSpec(corpus=corpus, columns=columns)
+    root, files = corpus_files(source)
+    samples: list[Sample] = []
+    rejects: list[Reject] = []
+    for path in files:
+        reader = get_reader(file_format(path, spec))
+        for unit in reader.scan(root, path, spec):
+            for item in reader.rows(root, unit, spec):
+                made_all = encoder.samples(item, corpus) if isinstance(item, Row) else [item]
+                for made in made_all:
+                    if isinstance(made, Sample):
+                        samples.append(made)
+                    else:
+                        rejects.append(made)
+    return tuple(samples), rejects
+
+
+def swap_completions(corpus: str, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """Every sample's text up to its first loss span, followed by what the next sample (cyclically) carries loss on.
+
+    Raises `InputError` where a sample has no prompt before its loss span, or where there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise InputError("a swapped contrast needs at least two target samples")
+    swapped = []
+    for index, sample in enumerate(samples):
+        other = samples[(index + 1) % len(samples)]
+        start = sample.loss_spans[0][0]
+        if start == 0:
+            raise InputError(
+                f"{sample.path} row {sample.row}: a swapped contrast exchanges answers, and this sample has no prompt; "
+                "name --prompt-column and --completion-column"
+            )
+        answer = other.text[other.loss_spans[0][0] : other.loss_spans[-1][1]]
+        text = sample.text[:start] + answer
+        spans = ((start, len(text)),)
+        swapped.append(
+            dataclasses.replace(
+                sample,
+                text=text,
+                loss_spans=spans,
+                char_end=sample.char_start + len(text),
+                content_id=content_id(text, spans),
+                sample_id=sample_id(corpus, sample.path, sample.row, sample.window),
+            )
+        )
+    return tuple(swapped)
+
+
+def _refuse_overlap(parts: dict[str, tuple[Sample, ...]]) -> None:
+    if "evaluation" not in parts:
+        return
+    index = OverlapIndex({"reference": parts["reference"]})
+    found = [(share, sample) for sample in parts["evaluation"] if (share := index.overlap(sample)[0]) > OVERLAP_LIMIT]
+    if found:
+        share, sample = max(found, key=lambda pair: pair[0])
+        raise InputError(
+            f"{len(found)} of {len(parts['evaluation'])} evaluation samples overlap the target, "
+            f"worst {sample.path} row {sample.row} ({share:.0%} of its masked 8-grams: {sample.preview[:60]!r}). "
+            "A held-out loss on them would measure memory: remove them from one of the two files"
+        )
+
+
+def _score_chunks(
+    run: Run, settings: _TargetSettings, chunks: tuple[_Chunk, ...], execution: Execution, tick: Callable[[], None]
+) -> tuple[list[pa.Table], list[Reject]]:
+    folder = f"{run.target_folder(settings.target, settings.scoring)}/chunks"
+    results_url = run.path(f"{run.timings_folder('target', f'{settings.target}.{settings.scoring}')}/results.json")
+    job = _TargetJob(settings=settings, chunks=chunks, results_url=results_url)
+    run_job(job, execution, finished=lambda: len(list_names(run.path(folder), ".parquet")), tick=tick)
+    records = read_results(results_url)
+    errors = list(dict.fromkeys(record["error"] for record in records.values() if record.get("error")))
+    if errors:
+        raise LehrError("\n".join(errors[:3]))
+    tables, rejects = [], []
+    for chunk in chunks:
+        if chunk.key not in records:
+            raise RunIncomplete(
+                f"chunk {chunk.key} of target {settings.target!r} is not scored; run the same command again"
+            )
+        url = run.path(settings.chunk_path(run, chunk.key))
+        table, footer = decode_table(read_bytes(url), url, schema="target_samples", inputs={"chunk": chunk.key})
+        tables.append(table)
+        rejects += [Reject(**record) for record in footer.notes["rejects"]]
+    return tables, rejects
+
+
+def _geometry(table: pa.Table, name: str, options: TargetOptions) -> TargetGeometry:
+    reference = full_sketches(table.filter(pa.compute.equal(table["part"], "reference")))
+    if not len(reference):
+        raise InputError(
+            f"target {name!r}: every sample was rejected in scoring (NaN or infinite gradients): is the model sound?"
+        )
+    swapped = full_sketches(table.filter(pa.compute.equal(table["part"], "swapped")))
+    mean: torch.Tensor | None = swapped.mean(dim=0) if len(swapped) else None
+    return describe_target(reference, energy=options.energy, swapped_mean_K=mean)
+
+
+def _write(
+    run: Run,
+    name: str,
+    scoring: str,
+    spec: FeatureSpec,
+    target_spec: dict[str, Any],
+    table: pa.Table,
+    geometry: TargetGeometry,
+    rejects: list[Reject],
+) -> TargetReport:
+    folder = run.target_folder(name, scoring)
+    footer = Footer(schema="target_samples", spec=spec.fingerprint)
+    samples_part = write_table(run.url, f"{folder}/samples.parquet", table, footer)
+    spectrum_part = write_spectrum(run, folder, geometry, spec)
+    declared = run.manifest("scoring", scoring)
+    counts = {value["values"]: value["counts"] for value in pa.compute.value_counts(table["part"]).to_pylist()}
+    manifest = Manifest(
+        stage="target",
+        name=f"{name}.{scoring}",
+        spec=target_spec,
+        inputs={"scoring": declared.fingerprint},
+        parts=(samples_part, spectrum_part),
+        summary={"counts": counts, "geometry": geometry.summary(), "rejects": [plain(reject) for reject in rejects]},
+    )
+    write_manifest(run.path(run.manifest_path("target", manifest.name)), manifest)
+    return TargetReport(
+        name=name,
+        scoring=scoring,
+        counts=counts,
+        rejects=tuple(rejects),
+        geometry=geometry.summary(),
+        coverage=declared.summary,
+        fingerprint=manifest.fingerprint,
+    )
