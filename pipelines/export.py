@@ -14,11 +14,12 @@ import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
 from pipelines.geometry import read_target
+from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import Execution, run_job
+from pipelines.runners import run_job
 from pipelines.scorer import load_encoder
-from pipelines.scoring import ModelLocation, ScoringOptions, scoring_spec
+from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete, SourceChanged
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest, write_manifest
@@ -207,7 +208,7 @@ def export(
     *,
     stream: str = "",
     shard_samples: int = 4096,
-    options: ScoringOptions = ScoringOptions(),
+    options: ScoringOptions | None = None,
     attempt: str = "",
     on_start: Callable[[int], None] = lambda tokens: None,
     tick: Callable[[], None] = lambda: None,
@@ -223,7 +224,7 @@ def export(
     chosen = run.manifest("select", selection)
     plan = read_plan(run)
     scoring, target = chosen.spec["scoring"], chosen.spec["target"]
-    spec, location = scoring_spec(run, scoring, options)
+    spec, location = scoring_spec(run, scoring, options or ScoringOptions())
     inputs = {"select": chosen.fingerprint, "plan": plan.fingerprint}
     stream_spec = {"stream": stream, "selection": selection, "shard_samples": shard_samples}
     generation = _generation(run, stream, {**stream_spec}, inputs)

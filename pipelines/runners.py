@@ -5,7 +5,6 @@ No runner's final state is taken as proof of anything here: a stage compares wha
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipelines.options import Execution
 from schemas.errors import InputError, LehrError, RunIncomplete
 
 log = logging.getLogger(__name__)
@@ -25,25 +25,6 @@ _IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WORKER_LOST = 75
 _MAX_FRUITLESS = 2
 _TICK_S = 0.25
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where a pipeline runs. Changes no result, so it stands in no spec."""
-
-    runner: str = "local"
-    """`local`, or the name of any Beam runner (DataflowRunner, FlinkRunner, SparkRunner, a class path)."""
-    workers: int = 0
-    """Local worker processes; 0 starts one per visible accelerator, or one per processor core as far as memory allows."""
-    beam_options: tuple[str, ...] = ()
-    """Further options for Beam, each as `--name=value`."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(f"workers must be 0 (choose) or positive, not {self.workers}")
-        for option in self.beam_options:
-            if not option.startswith("--"):
-                raise InputError(f"Beam option {option!r} must look like --name=value")
 
 
 class Job(Protocol):

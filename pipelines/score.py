@@ -18,11 +18,12 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.curvature import CurvatureView
 from pipelines.geometry import read_target
+from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import Execution, run_job
+from pipelines.runners import run_job
 from pipelines.scorer import SampleScorer, scored_columns
-from pipelines.scoring import ModelLocation, ScoringOptions, scoring_spec
+from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest, write_manifest
@@ -250,7 +251,7 @@ def score(
     Raises `RunIncomplete` where units are missing at the end, and the units' own error where one failed.
     """
     plan = read_plan(run)
-    spec, location = scoring_spec(run, scoring, options)
+    _, location = scoring_spec(run, scoring, options)
     targets = tuple(manifest.spec["target"] for manifest in run.targets(scoring))
     sweep_temporary(run.url)
     settings = ScoreSettings(

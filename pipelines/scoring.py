@@ -7,44 +7,13 @@ from typing import Any
 
 import orjson
 
+from pipelines.options import ScoringOptions
 from schemas.errors import InputError
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest, write_manifest
 from schemas.run import Run, check_name
-from schemas.spec import AppendEos, DType, EncodingSpec, FeatureSpec, LossKind
+from schemas.spec import EncodingSpec, FeatureSpec
 from schemas.storage import exists, read_bytes, write_whole
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """What makes a scoring. Options left out take the value of the scoring that already exists, or the default."""
-
-    model: str | None = None
-    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id."""
-    revision: str | None = None
-    """Revision of a hub id."""
-    max_tokens: int | None = None
-    """Longest sample in tokens; longer documents are cut into windows (default 1024)."""
-    min_tokens: int | None = None
-    """Shorter samples and tails are rejected as too_short (default 8)."""
-    append_eos: AppendEos | None = None
-    """Where an end-of-sequence token is appended and trained on (default: behind completions)."""
-    chat_template: str | None = None
-    """Jinja chat template for messages (default: the tokenizer's own)."""
-    proj_rank: int | None = None
-    """Rank of the projection on each side of a linear map (default 16)."""
-    k: int | None = None
-    """Sketch dimension; 0 keeps all numbers (default 2048)."""
-    seed: int | None = None
-    """Seed of the projections (default 0)."""
-    loss: LossKind | None = None
-    """Loss of a sample: sum over its loss tokens, or their mean (default sum)."""
-    dtype: DType | None = None
-    """Arithmetic (default: bfloat16 where the hardware multiplies it fast, else float32)."""
-    attention: str | None = None
-    """Attention implementation (default: the fastest one for the hardware)."""
-    batch_tokens: int | None = None
-    """Longest x count of a batch, in tokens (default 4096 on an accelerator, 1024 on CPU)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +73,7 @@ def _resolve(options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
         "parameters": report.parameters,
         "attributed_parameters": report.attributed_parameters,
         "attributed_share": report.attributed_parameters / report.parameters,
-        "not_attributed": {name: reason for name, reason in report.unattributed.items()},
+        "not_attributed": dict(report.unattributed),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import apache_beam as beam
 import orjson
@@ -19,12 +19,13 @@ from apache_beam.utils.shared import Shared
 from selection_ops.encoding import Encoder
 
 from pipelines.geometry import full_sketches, write_spectrum
+from pipelines.options import Execution, ScoringOptions, TargetOptions
 from pipelines.plan import corpus_files
 from pipelines.readers import file_format, get_reader
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import Execution, run_job
+from pipelines.runners import run_job
 from pipelines.scorer import SampleScorer, load_encoder, scored_columns
-from pipelines.scoring import ModelLocation, ScoringOptions, scoring_spec
+from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
 from schemas.fingerprint import fingerprint, plain
 from schemas.ids import content_id, sample_id
@@ -42,22 +43,6 @@ from selection_ops.overlap import OVERLAP_LIMIT, OverlapIndex
 log = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TargetOptions:
-    """Where the target's samples are and how they are described."""
-
-    data: str
-    """Samples of the target: a file, folder or glob of Parquet, JSONL or WebDataset, local or any fsspec URL."""
-    eval: str = ""
-    """Held-out samples of the same kind, for evaluation only; they must not overlap the target's."""
-    columns: CorpusColumns = CorpusColumns()
-    """Which columns hold what."""
-    contrast: Literal["none", "swap"] = "none"
-    """`swap` also scores the target with its completions exchanged between rows, for `lehr select --contrast swap`."""
-    energy: float = 0.945
-    """Share of the trace at which the elbow between stiff and flat directions is put."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

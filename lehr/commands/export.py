@@ -6,7 +6,8 @@ import dataclasses
 
 import tyro
 
-from pipelines.runners import Execution
+from lehr.options import RunDir
+from pipelines.options import Execution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Command:
     selection again writes the same bytes; a changed selection becomes the next generation of the stream.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory."""
     selection: str = "match"
     """Name of the selection to write."""

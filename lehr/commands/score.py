@@ -6,8 +6,8 @@ import dataclasses
 
 import tyro
 
-from pipelines.runners import Execution
-from pipelines.scoring import ScoringOptions
+from lehr.options import RunDir
+from pipelines.options import Execution, ScoringOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,13 +18,13 @@ class Command:
     its columns by running this again; the model is then not run.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory, as `lehr plan` made it."""
     scoring: str = "base"
     """Name of the scoring: one model, one feature spec."""
     units: str = "1/1"
     """Score only the i-th of n fixed shares of the plan, as i/n: one array task of a cluster without Beam."""
-    options: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
+    features: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
     execution: tyro.conf.OmitArgPrefixes[Execution] = Execution()
 
     def run(self) -> int:
@@ -40,7 +40,7 @@ class Command:
             report = score(
                 run,
                 self.scoring,
-                self.options,
+                self.features,
                 self.execution,
                 share=parse_share(self.units),
                 attempt=attempt,

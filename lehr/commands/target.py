@@ -7,9 +7,8 @@ from typing import Literal
 
 import tyro
 
-from lehr.columns import ColumnOptions
-from pipelines.runners import Execution
-from pipelines.scoring import ScoringOptions
+from lehr.options import ColumnOptions, RunDir
+from pipelines.options import Execution, ScoringOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +18,7 @@ class Command:
     The first `target` or `score` of a run declares the scoring (model, encoding, projections); later ones inherit it.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory, as `lehr plan` made it."""
     data: str
     """Target samples: a file, folder or glob of Parquet, JSONL or WebDataset, local or any fsspec URL."""
@@ -34,13 +33,14 @@ class Command:
     energy: float = 0.945
     """Share of the trace at which the elbow between stiff and flat directions is put."""
     columns: tyro.conf.OmitArgPrefixes[ColumnOptions] = ColumnOptions()
-    options: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
+    features: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
     execution: tyro.conf.OmitArgPrefixes[Execution] = Execution()
 
     def run(self) -> int:
         """Describe, print the numbers that decide trust, return the exit status."""
         from lehr.console import StageProgress, console, new_attempt, pairs
-        from pipelines.target import TargetOptions, describe
+        from pipelines.options import TargetOptions
+        from pipelines.target import describe
         from schemas.run import Run
 
         run = Run.open(self.run_dir)
@@ -58,7 +58,7 @@ class Command:
                     contrast=self.contrast,
                     energy=self.energy,
                 ),
-                self.options,
+                self.features,
                 self.execution,
                 attempt=attempt,
                 on_start=lambda samples, tokens: progress.start(tokens),

@@ -1,10 +1,15 @@
-"""Column options as the verbs that read a corpus show them."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
+
+import tyro
 
 from schemas.spec import CorpusColumns
+
+RunDir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

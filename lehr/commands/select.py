@@ -1,0 +1,69 @@
+"""`lehr select`: choose the samples worth training on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tyro
+
+from lehr.options import RunDir
+from selection_ops.selectors.settings import SelectorSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Choose samples, rank them, and say how good the set is.
+
+    Give a budget in samples or in tokens. Beside every selection stand its set cosine with the target (in sample, and
+    two-fold on held-out target rows), the bound no set can pass, its effective rank and its shares by domain.
+    """
+
+    run_dir: RunDir
+    """Run directory."""
+    samples: int = 0
+    """Budget in samples."""
+    tokens: int = 0
+    """Budget in tokens; give this or --samples."""
+    name: str = ""
+    """Name of the selection (default: that of the selector)."""
+    scoring: str = "base"
+    """Scoring to select from."""
+    target: str = "target"
+    """Target to select for; `none` for selectors that need none."""
+    keep_overlapping: bool = False
+    """Keep candidates whose wording overlaps the target or the evaluation set; by default they are left out."""
+    settings: tyro.conf.OmitArgPrefixes[SelectorSettings] = SelectorSettings()
+
+    def run(self) -> int:
+        """Select, print the verdict, return the exit status."""
+        from lehr.console import console, errors, pairs
+        from pipelines.select import run_select
+        from schemas.run import Run
+        from selection_ops.selectors import Budget
+
+        run = Run.open(self.run_dir)
+        name = self.name or self.settings.selector
+        target = "" if self.target == "none" else self.target
+        with errors.status(f"selecting by {self.settings.selector}"):
+            report = run_select(
+                run,
+                name,
+                self.scoring,
+                target,
+                Budget(samples=self.samples or None, tokens=self.tokens or None),
+                self.settings,
+                keep_overlapping=self.keep_overlapping,
+            )
+        rows: list[tuple[str, object]] = [("selected", report.selected), ("tokens", report.tokens)]
+        for key, count in report.solution["counts"].items():
+            if key != "selected":
+                rows.append((key.replace("_", " "), count))
+        for part in ("certificate", "diagnostics"):
+            for key, value in report.solution[part].items():
+                if isinstance(value, int | float | str):
+                    rows.append((key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value))
+        console.print(pairs(f"selection {name}", rows))
+        for warning in report.solution["warnings"]:
+            console.print(f"note: {warning}", markup=False)
+        console.print(f"Next: lehr export {self.run_dir} --selection {name}")
+        return 0

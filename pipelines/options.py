@@ -1,0 +1,76 @@
+"""Options of the pipelines, apart from Beam and torch so that `--help` is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from schemas.errors import InputError
+from schemas.spec import AppendEos, CorpusColumns, DType, LossKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where a pipeline runs. Changes no result, so it stands in no spec."""
+
+    runner: str = "local"
+    """`local`, or the name of any Beam runner (DataflowRunner, FlinkRunner, SparkRunner, a class path)."""
+    workers: int = 0
+    """Local worker processes; 0 starts one per visible accelerator, or one per processor core as far as memory allows."""
+    beam_options: tuple[str, ...] = ()
+    """Further options for Beam, each as `--name=value`."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(f"workers must be 0 (choose) or positive, not {self.workers}")
+        for option in self.beam_options:
+            if not option.startswith("--"):
+                raise InputError(f"Beam option {option!r} must look like --name=value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """What makes a scoring. Options left out take the value of the scoring that already exists, or the default."""
+
+    model: str | None = None
+    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    max_tokens: int | None = None
+    """Longest sample in tokens; longer documents are cut into windows (default 1024)."""
+    min_tokens: int | None = None
+    """Shorter samples and tails are rejected as too_short (default 8)."""
+    append_eos: AppendEos | None = None
+    """Where an end-of-sequence token is appended and trained on (default: behind completions)."""
+    chat_template: str | None = None
+    """Jinja chat template for messages (default: the tokenizer's own)."""
+    proj_rank: int | None = None
+    """Rank of the projection on each side of a linear map (default 16)."""
+    k: int | None = None
+    """Sketch dimension; 0 keeps all numbers (default 2048)."""
+    seed: int | None = None
+    """Seed of the projections (default 0)."""
+    loss: LossKind | None = None
+    """Loss of a sample: sum over its loss tokens, or their mean (default sum)."""
+    dtype: DType | None = None
+    """Arithmetic (default: bfloat16 where the hardware multiplies it fast, else float32)."""
+    attention: str | None = None
+    """Attention implementation (default: the fastest one for the hardware)."""
+    batch_tokens: int | None = None
+    """Longest x count of a batch, in tokens (default 4096 on an accelerator, 1024 on CPU)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Where the target's samples are and how they are described."""
+
+    data: str
+    """Samples of the target: a file, folder or glob of Parquet, JSONL or WebDataset, local or any fsspec URL."""
+    eval: str = ""
+    """Held-out samples of the same kind, for evaluation only; they must not overlap the target's."""
+    columns: CorpusColumns = CorpusColumns()
+    """Which columns hold what."""
+    contrast: Literal["none", "swap"] = "none"
+    """`swap` also scores the target with its completions exchanged between rows, for `lehr select --contrast swap`."""
+    energy: float = 0.945
+    """Share of the trace at which the elbow between stiff and flat directions is put."""
