@@ -332,7 +332,11 @@ def all_heartbeats(run: Run) -> list[tuple[str, str, Heartbeat]]:
 
 def _worker_records(run: Run) -> list[dict[str, Any]]:
     return [
-        {"stage": stage, "name": name, **{field: getattr(beat, field) for field in RECORD_VIEWS["workers"][0].names[2:]}}
+        {
+            "stage": stage,
+            "name": name,
+            **{field: getattr(beat, field) for field in RECORD_VIEWS["workers"][0].names[2:]},
+        }
         for stage, name, beat in all_heartbeats(run)
     ]
 

@@ -94,10 +94,8 @@ def _open(url: str, source: Any) -> pq.ParquetFile:
         raise CorruptFile(f"{url}: not a readable Parquet file ({error}); delete it and run its stage again") from error
 
 
-def footer_of(file: pq.ParquetFile, url: str) -> Footer:
-    """Lineage of an open file. Raises `CorruptFile` where it was not written by Lehr."""
-    metadata = file.schema_arrow.metadata or {}
-    metadata = {**metadata, **(file.metadata.metadata or {})}
+def parse_footer(metadata: Mapping[bytes, bytes], url: str) -> Footer:
+    """Lineage from the key-value metadata of a Parquet file. Raises `CorruptFile` where it was not written by Lehr."""
     try:
         return Footer(
             schema=metadata[b"lehr.schema"].decode(),
@@ -110,6 +108,12 @@ def footer_of(file: pq.ParquetFile, url: str) -> Footer:
         raise CorruptFile(
             f"{url}: its footer does not say what it was made from ({error}); it is not a file of Lehr"
         ) from error
+
+
+def footer_of(file: pq.ParquetFile, url: str) -> Footer:
+    """Lineage of an open file. Raises `CorruptFile` where it was not written by Lehr."""
+    metadata = file.schema_arrow.metadata or {}
+    return parse_footer({**metadata, **(file.metadata.metadata or {})}, url)
 
 
 def check_footer(footer: Footer, url: str, *, schema: str, spec: str | None, inputs: Mapping[str, str]) -> None:
