@@ -84,8 +84,7 @@ def _one_reading_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> s
         raise InputError(
             f"{kind.name} statements are refused: an audit only reads. Ask with SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES or EXPLAIN"
         )
-    row = connection.execute("SELECT json_serialize_sql(?)", [body]).fetchone()
-    tree = orjson.loads(row[0]) if row else {"error": True, "error_message": "no answer"}
+    tree = orjson.loads(connection.execute("SELECT json_serialize_sql(?)", [body]).fetchall()[0][0])
     if tree["error"]:
         raise InputError(f"this statement is refused: {tree['error_message']} An audit only reads")
     mentioned = set()
@@ -149,8 +148,8 @@ class Audit:
         try:
             self._connection.execute("BEGIN TRANSACTION READ ONLY")
             try:
-                reader = self._connection.execute(sql).to_arrow_reader(65_536)
-                return _head(reader, limit)
+                with self._connection.sql(sql).to_arrow_reader(65_536) as reader:
+                    return _head(reader, limit)
             finally:
                 self._connection.execute("ROLLBACK")
         except (duckdb.Error, pa.ArrowException, OSError) as error:

@@ -7,12 +7,15 @@ instead, and the caller is told.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from schemas.manifest import Manifest
 from schemas.run import Run
 from schemas.storage import join, list_names
 from schemas.tables import schema_names
+
+FLOW = ("plan", "scoring", "target", "score", "curvature", "select", "export", "train")
+"""Stages in the order in which a corpus goes through them."""
 
 JOURNAL = ("steps", "decisions", "evals", "timings")
 
@@ -121,11 +124,14 @@ def sources(run: Run, view: str) -> list[Source]:
     return [source for source in found if source.paths]
 
 
+def in_flow(stages: Iterable[str]) -> list[str]:
+    """Stages in the order of the flow, unknown ones last."""
+    return sorted(stages, key=lambda stage: (FLOW.index(stage) if stage in FLOW else len(FLOW), stage))
+
+
 def stage_manifests(run: Run) -> list[Manifest]:
     """Every finished stage of a run, in the order of the flow."""
-    flow = ["plan", "scoring", "target", "score", "curvature", "select", "export", "train"]
-    stages = sorted(run.folders("stages"), key=lambda stage: (flow.index(stage) if stage in flow else len(flow), stage))
-    return [manifest for stage in stages for manifest in run.manifests(stage)]
+    return [manifest for stage in in_flow(run.folders("stages")) for manifest in run.manifests(stage)]
 
 
 def stream_folders(run: Run) -> list[tuple[str, str]]:

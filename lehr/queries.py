@@ -13,7 +13,7 @@ class NamedQuery:
     sql: str
 
 
-_SAMPLE = "rank, round(score, 5) AS score, domain, tokens, round(loss / loss_tokens, 3) AS nats_per_token, path, row, window, preview"
+_SAMPLE = 'rank, round(score, 5) AS score, domain, tokens, round(loss / loss_tokens, 3) AS nats_per_token, path, row, "window", preview'
 
 NAMED_QUERIES: dict[str, NamedQuery] = {
     "lineage": NamedQuery(
@@ -67,20 +67,20 @@ NAMED_QUERIES: dict[str, NamedQuery] = {
         "how many rows and windows could not be scored, by reason, with one example",
         """
         SELECT scoring, stage, reason, count(*) AS windows, count(DISTINCT (path, row)) AS rows,
-            min_by(path || ':' || row, (path, row, window)) AS example, min_by(detail, (path, row, window)) AS detail
+            min_by(path || ':' || row, (path, row, "window")) AS example, min_by(detail, (path, row, "window")) AS detail
         FROM rejects GROUP BY scoring, stage, reason ORDER BY scoring, windows DESC, stage, reason""",
     ),
     "duplicates": NamedQuery(
         "texts that stand more than once in the corpus",
         """
-        SELECT scoring, content_id, count(*) AS copies, min_by(path || ':' || row, (path, row, window)) AS first,
-            string_agg(DISTINCT domain, ', ') AS domains, min_by(preview, (path, row, window)) AS preview
+        SELECT scoring, content_id, count(*) AS copies, min_by(path || ':' || row, (path, row, "window")) AS first,
+            string_agg(DISTINCT domain, ', ') AS domains, min_by(preview, (path, row, "window")) AS preview
         FROM features GROUP BY scoring, content_id HAVING count(*) > 1 ORDER BY scoring, copies DESC, content_id""",
     ),
     "overlap": NamedQuery(
         "samples that overlap the target or the held-out set",
         """
-        SELECT c.target, c.scoring, round(c.overlap, 3) AS overlap, c.overlap_with, c.overlapping, f.path, f.row, f.window, f.preview
+        SELECT c.target, c.scoring, round(c.overlap, 3) AS overlap, c.overlap_with, c.overlapping, f.path, f.row, f."window", f.preview
         FROM curvature c JOIN features f USING (scoring, sample_id)
         WHERE c.overlapping OR c.overlap > 0.1 ORDER BY c.target, c.scoring, c.overlap DESC, c.sample_id""",
     ),

@@ -116,6 +116,17 @@ def footer_of(file: pq.ParquetFile, url: str) -> Footer:
     return parse_footer({**metadata, **(file.metadata.metadata or {})}, url)
 
 
+def read_footer(url: str) -> tuple[Footer, int]:
+    """Lineage and row count of one file, without reading its rows."""
+    fs, path = filesystem(url)
+    try:
+        with fs.open(path, "rb") as handle:
+            file = _open(url, handle)
+            return footer_of(file, url), file.metadata.num_rows
+    except FileNotFoundError as error:
+        raise CorruptFile(f"{url} is missing; run its stage again") from error
+
+
 def check_footer(footer: Footer, url: str, *, schema: str, spec: str | None, inputs: Mapping[str, str]) -> None:
     """Refuse a file of another schema, schema version, spec or input; the message holds both sides."""
     if footer.schema != schema:
