@@ -19,7 +19,45 @@ from pipelines.target import TargetReport, describe
 from schemas.run import Run
 from schemas.spec import CorpusColumns, PlanSpec
 
-WORDS = ["glass", "heat", "slow", "cool", "stress", "furnace", "sand", "lime", "soda", "bubble", "colour", "blow", "mould", "press", "sheet", "bottle", "window", "lens", "anneal", "temper", "crack", "edge", "cut", "polish", "light", "clear", "thick", "thin", "batch", "melt", "flow", "draw", "float", "tin", "roller", "kiln", "lehr"]
+WORDS = [
+    "glass",
+    "heat",
+    "slow",
+    "cool",
+    "stress",
+    "furnace",
+    "sand",
+    "lime",
+    "soda",
+    "bubble",
+    "colour",
+    "blow",
+    "mould",
+    "press",
+    "sheet",
+    "bottle",
+    "window",
+    "lens",
+    "anneal",
+    "temper",
+    "crack",
+    "edge",
+    "cut",
+    "polish",
+    "light",
+    "clear",
+    "thick",
+    "thin",
+    "batch",
+    "melt",
+    "flow",
+    "draw",
+    "float",
+    "tin",
+    "roller",
+    "kiln",
+    "lehr",
+]
 COLUMNS = CorpusColumns(id="name", domain="topic", keep=("clean",))
 IN_PROCESS = Execution(workers=1)
 SCORING = ScoringOptions(max_tokens=48, min_tokens=4, k=64, proj_rank=4, dtype="float32", batch_tokens=256)
