@@ -1,0 +1,1 @@
+"""Choosing online: preconditioner, metrics, filters, weights and policies; pure functions on small tensors."""

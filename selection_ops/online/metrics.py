@@ -1,0 +1,109 @@
+"""Which inner product candidates and target are compared in: interactions K and alignments b of one step.
+
+Legend: N candidates, K sketch dimension. Every metric is a power of the preconditioner P on either side:
+candidates see P^candidate_power, the target P^target_power; K = Z Z', b = Z u with Z the candidates' sketches and u the
+sketch of P^target_power * v, v the gradient of the target's mean loss. Table: `filter-then-weight`, "objective".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from schemas.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Powers of the preconditioner that candidates and target are multiplied by before they are projected."""
+
+    name: str
+    candidate_power: float
+    target_power: float
+
+    @property
+    def needs_preconditioner(self) -> bool:
+        """Whether the optimizer's second moment takes part."""
+        return bool(self.candidate_power or self.target_power)
+
+    def precondition_target(self, gradient: Tensor, preconditioner: Tensor) -> Tensor:
+        """P^target_power * v of one site, elementwise and exact."""
+        if self.target_power == 1.0:
+            return gradient * preconditioner
+        return gradient * preconditioner**self.target_power
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(name="target", candidate_power=0.0, target_power=1.0),
+        Metric(name="sgd", candidate_power=0.0, target_power=0.0),
+    )
+}
+
+
+def get_metric(name: str) -> Metric:
+    """The metric called `name`; raises `InputError` listing the known ones."""
+    if name not in METRICS:
+        raise InputError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What one step's choice is made from, in float64 on the CPU; K and b come from the same sketches.
+
+    `target_square` is u'u, the scale of the matching error.
+    """
+
+    metric: str
+    gram_NN: Tensor
+    align_N: Tensor
+    target_square: float
+
+
+def geometry(metric: str, sketch_NK: Tensor, direction_K: Tensor) -> Geometry:
+    """Geometry of sum-loss sketches and the metric's target direction, contracted in float64."""
+    sketch_NK = sketch_NK.detach().to("cpu", torch.float64)
+    direction_K = direction_K.detach().to("cpu", torch.float64)
+    gram_NN = sketch_NK @ sketch_NK.T
+    return Geometry(
+        metric=metric,
+        gram_NN=(gram_NN + gram_NN.T) / 2,
+        align_N=sketch_NK @ direction_K,
+        target_square=float(direction_K @ direction_K),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """Numbers about one weighted choice, all on sketches.
+
+    `interaction_to_alignment` is |w'Kw / 2| over |b'w|; it is 1/2 for uniform weights under the line search.
+    `matching_error` is |Z'w - u|^2 / |u|^2: 1 where the choice captures nothing of the target's drop, 0 where it matches
+    the direction; it can exceed 1. `update_target_cosine` is the cosine of Z'w and u.
+    """
+
+    interaction_to_alignment: float | None
+    matching_error: float | None
+    update_target_cosine: float | None
+
+
+def diagnose(space: Geometry, weight_N: Tensor, *, scaled: bool = True) -> Diagnostics:
+    """Diagnostics of weights in the units of the line search.
+
+    Without `scaled` the weights have no scale of their own (a fallback), and only their direction is judged.
+    """
+    weight_N = weight_N.to(torch.float64)
+    interaction = float(weight_N @ space.gram_NN @ weight_N)
+    alignment = float(space.align_N @ weight_N)
+    scale = (max(interaction, 0.0) * space.target_square) ** 0.5
+    return Diagnostics(
+        interaction_to_alignment=abs(interaction / 2) / abs(alignment) if scaled and alignment else None,
+        matching_error=1 - (alignment - interaction / 2) / (space.target_square / 2)
+        if scaled and space.target_square
+        else None,
+        update_target_cosine=alignment / scale if scale else None,
+    )

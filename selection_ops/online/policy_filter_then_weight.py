@@ -1,0 +1,91 @@
+"""`filter-then-weight`: a greedy filter against the target's direction, then bounded least-squares weights.
+
+After "Filter-then-Weight: Online Data Selection and Reweighting for LLM Fine-Tuning" (arXiv 2604.00001), reconstructed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from schemas.errors import InputError
+from selection_ops.online.filters import greedy_filter, line_search, top_by_alignment
+from selection_ops.online.metrics import Geometry, diagnose
+from selection_ops.online.policies import Candidates, Decision, PolicyOptions, register, within_budget
+from selection_ops.online.weights import normalise, solve_weights
+
+NO_ALIGNMENT = "no candidate is aligned with the target"
+ZERO_WEIGHTS = "every weight came out zero"
+
+
+@register("filter-then-weight")
+class FilterThenWeight:
+    """Filter, weigh, drop zero weights; uniform on the `n_keep` best aligned where that leaves nothing."""
+
+    needs_sketches = True
+
+    def __init__(self, options: PolicyOptions) -> None:
+        self._options = options
+
+    def choose(self, candidates: Candidates) -> Decision:
+        """The survivors and their weights of mean 1."""
+        space = candidates.geometry
+        if space is None:
+            raise InputError("filter-then-weight needs sketches and a target batch")
+        options, count = self._options, len(candidates.sample_ids)
+        limit = candidates.token_limit
+        # What is longer than all that is left of the budget takes no part, so that it cannot crowd out what fits.
+        fitting = [index for index in range(count) if limit is None or candidates.tokens_N[index] <= limit]
+        if not fitting:
+            return Decision(
+                kept=(), weight_S=torch.zeros(0, dtype=torch.float64), reasons=("over the token budget",) * count
+            )
+        index_F = torch.tensor(fitting)
+        align_F = space.align_N[index_F]
+        filtered = greedy_filter(space.gram_NN[index_F][:, index_F], align_F, options.n_keep, options.filter_score)
+        score_N = torch.zeros(count, dtype=torch.float64)
+        score_N[index_F] = filtered.score_N
+        wanted = tuple(fitting[index] for index in filtered.chosen)
+        chosen = within_budget(wanted, candidates.tokens_N, limit)
+        raw_S, alpha = self._weigh(space, chosen)
+        fallback = ""
+        if not bool((raw_S > 0).any()):
+            fallback = ZERO_WEIGHTS if bool((align_F > 0).any()) else NO_ALIGNMENT
+            wanted = tuple(fitting[index] for index in top_by_alignment(align_F, options.n_keep))
+            chosen = within_budget(wanted, candidates.tokens_N, limit)
+            raw_S = torch.ones(len(chosen), dtype=torch.float64)
+        kept = tuple(index for index, weight in zip(chosen, raw_S.tolist()) if weight > 0)
+        raw_N = torch.zeros(count, dtype=torch.float64)
+        raw_N[list(chosen)] = raw_S
+        fits = set(fitting)
+        reasons = ["left by the filter" if index in fits else "over the token budget" for index in range(count)]
+        for index in wanted:
+            reasons[index] = "over the token budget"
+        for index in chosen:
+            reasons[index] = "weight 0"
+        for index in kept:
+            reasons[index] = f"fallback: {fallback}" if fallback else "kept"
+        return Decision(
+            kept=kept,
+            weight_S=normalise(raw_N[list(kept)]),
+            reasons=tuple(reasons),
+            score_N=score_N,
+            alpha=alpha,
+            diagnostics=diagnose(space, raw_N, scaled=not fallback),
+            fallback=fallback,
+        )
+
+    def _weigh(self, space: Geometry, chosen: tuple[int, ...]) -> tuple[Tensor, float]:
+        index_S = torch.tensor(chosen, dtype=torch.long)
+        alpha = line_search(space.gram_NN, space.align_N, chosen)
+        if not chosen:
+            return torch.zeros(0, dtype=torch.float64), alpha
+        weight_S = solve_weights(
+            space.gram_NN[index_S][:, index_S],
+            space.align_N[index_S],
+            alpha,
+            scheme=self._options.weights,
+            ridge=self._options.ridge,
+            bound=self._options.weight_bound,
+        )
+        return weight_S, alpha

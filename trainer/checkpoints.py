@@ -1,0 +1,220 @@
+"""Checkpoints: a model folder that transformers loads, optimizer moments without pickle, a cursor; the manifest last.
+
+A folder without a manifest, or with a file that differs from it, is torn: it is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from schemas.errors import CorruptFile, InputError, LehrError
+from schemas.fingerprint import fingerprint, pretty_json
+from schemas.parquet import Part
+from schemas.storage import exists, filesystem, join, list_folders, list_names, read_bytes, sha256, write_whole
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Everything a training needs besides weights and moments to go on as if it had never stopped."""
+
+    step: int
+    """Optimizer steps taken."""
+    spec: dict[str, Any]
+    """Resolved spec of the training."""
+    cursor: dict[str, Any]
+    """Cursor of the stream."""
+    trained_tokens: int
+    offered_tokens: int
+    initial_eval_loss: float | None
+    eval_loss: float | None
+    fallbacks: int
+    journal: tuple[Part, ...] = ()
+    """Journal parts written so far."""
+    ended: str = ""
+    """Why the training ended, empty while it goes on."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts by `parameter name:moment`, on the CPU."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        for moment in MOMENTS:
+            if state and moment in state:
+                tensors[f"{name}:{moment}"] = torch.as_tensor(state[moment]).detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """Put moments into the optimizer. Raises `InputError` naming a parameter that is missing, unknown or of another shape."""
+    left = {name for name in tensors if name.split(":")[-1] in MOMENTS}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            key = f"{name}:{moment}"
+            if key not in tensors:
+                raise InputError(f"{where} holds no {moment} of parameter {name}; it belongs to another model")
+            value = tensors[key]
+            if moment == "step":
+                state[moment] = value.to(torch.float32).clone()
+            elif value.shape != parameter.shape:
+                raise InputError(
+                    f"{where}: {moment} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}; "
+                    "it belongs to another model"
+                )
+            else:
+                state[moment] = value.to(parameter.device, parameter.dtype).clone()
+            left.discard(key)
+        optimizer.state[parameter] = state
+    if left:
+        raise InputError(f"{where} holds moments of {sorted(left)[0].split(':')[0]}, which this model does not have")
+
+
+def write_checkpoint(
+    folder_url: str, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: TrainerState
+) -> tuple[str, dict[str, tuple[int, str]]]:
+    """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included."""
+    url = join(folder_url, checkpoint_name(state.step))
+    written: dict[str, tuple[int, str]] = {}
+
+    def put(name: str, data: bytes) -> None:
+        write_whole(join(url, name), data)
+        written[name] = (len(data), sha256(data))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            put(file.relative_to(scratch).as_posix(), file.read_bytes())
+            file.unlink()  # one file at a time twice on disk, not the whole model
+    put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(model, optimizer)))
+    put(STATE_FILE, pretty_json(state))
+    files = [{"path": name, "bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())]
+    put(
+        MANIFEST_FILE,
+        pretty_json({"step": state.step, "files": files, "fingerprint": fingerprint([state.step, files])}),
+    )
+    return url, written
+
+
+def _verify(url: str) -> None:
+    """Raise `CorruptFile` with the reason where a checkpoint folder is not whole."""
+    try:
+        record = orjson.loads(read_bytes(join(url, MANIFEST_FILE)))
+        if record["fingerprint"] != fingerprint([record["step"], record["files"]]):
+            raise CorruptFile(f"its {MANIFEST_FILE} does not match its fingerprint")
+        for file in record["files"]:
+            if sha256(read_bytes(join(url, file["path"]))) != file["sha256"]:
+                raise CorruptFile(f"{file['path']} differs from the manifest")
+    except FileNotFoundError as error:
+        raise CorruptFile(f"{Path(str(error.filename or error)).name or 'a file'} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"its {MANIFEST_FILE} is damaged ({error})") from error
+
+
+def latest_checkpoint(folder_url: str) -> str | None:
+    """URL of the newest whole checkpoint below `folder_url`; torn ones are passed over with a warning."""
+    for name in sorted(list_folders(folder_url), reverse=True):
+        if not name.startswith("step-"):
+            continue
+        url = join(folder_url, name)
+        try:
+            _verify(url)
+        except CorruptFile as error:
+            log.warning("%s is torn and passed over: %s", url, error)
+            continue
+        return url
+    return None
+
+
+def read_state(url: str) -> TrainerState:
+    """State of a whole checkpoint."""
+    try:
+        record = orjson.loads(read_bytes(join(url, STATE_FILE)))
+        record["journal"] = tuple(Part(**part) for part in record["journal"])
+        return TrainerState(**record)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{url}/{STATE_FILE} is damaged ({error})") from error
+
+
+def read_optimizer(place: str) -> dict[str, Tensor]:
+    """Optimizer tensors of a checkpoint folder, or of a safetensors file. Raises `InputError` where there are none."""
+    url = place if place.endswith(".safetensors") else join(place, OPTIMIZER_FILE)
+    try:
+        tensors = load_tensors(read_bytes(url))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer.safetensors") from error
+    except (SafetensorError, ValueError) as error:
+        raise CorruptFile(f"{url} is not a readable safetensors file ({error})") from error
+    if not any(name.endswith(":exp_avg_sq") for name in tensors):
+        raise InputError(f"{url} holds no `<parameter>:exp_avg_sq`; it is not an optimizer state")
+    return tensors
+
+
+def optimizer_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Fingerprint of optimizer tensors."""
+    return sha256(save_tensors(dict(sorted(tensors.items()))))[:32]
+
+
+def load_weights(model: nn.Module, url: str) -> None:
+    """Weights of a checkpoint into a model of the same architecture, bitwise; names must agree, tied ones may be left out."""
+    tensors: dict[str, Tensor] = {}
+    for name in list_names(url, ".safetensors"):
+        if name != OPTIMIZER_FILE:
+            tensors.update(load_tensors(read_bytes(join(url, name))))
+    own = dict(model.state_dict())
+    unknown = sorted(set(tensors) - set(own))
+    stored = {own[name].data_ptr() for name in tensors if name in own}
+    missing = sorted(name for name, value in own.items() if name not in tensors and value.data_ptr() not in stored)
+    if unknown or missing:
+        raise LehrError(
+            f"{url}: weights do not fit the model (unknown {unknown[:3]}, missing {missing[:3]}); it belongs to another model"
+        )
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+def prune_checkpoints(folder_url: str, keep: int, newest: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `newest`; the manifest of each goes first."""
+    names = [name for name in sorted(list_folders(folder_url)) if name.startswith("step-")]
+    past = [name for name in names if name <= checkpoint_name(newest)]
+    for name in past[: max(0, len(past) - keep)]:
+        url = join(folder_url, name)
+        fs, path = filesystem(url)
+        try:
+            if exists(join(url, MANIFEST_FILE)):
+                fs.rm_file(filesystem(join(url, MANIFEST_FILE))[1])
+            fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("cannot delete the old checkpoint %s: %s", url, error.strerror or error)

@@ -1,0 +1,69 @@
+"""The journal: what every step did and why, as Parquet parts cut at checkpoints.
+
+`steps` and `decisions` are the same bytes in an undisturbed and in a resumed run; seconds and hosts stand in `timings`.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from schemas.parquet import Footer, Part, rows_to_table, write_table
+from schemas.run import Run
+from schemas.storage import filesystem, join, list_names
+
+TABLES = ("steps", "decisions", "timings")
+_PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
+
+
+def part_name(first: int, last: int) -> str:
+    """File name of the part that holds steps `first` to `last`."""
+    return f"part-{first:06d}-{last:06d}.parquet"
+
+
+class Journal:
+    """Rows of the steps since the last cut; `cut` writes them."""
+
+    def __init__(self, run: Run, training: str, *, spec: str, stream: str) -> None:
+        self._run = run
+        self._folder = run.training_folder(training)
+        self._spec = spec
+        self._inputs = {"stream": stream}
+        self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+        self._host = socket.gethostname()
+
+    def record(
+        self, step: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]], timings: Mapping[str, Any]
+    ) -> None:
+        """Take in one step."""
+        number = step["step"]
+        self._rows["steps"].append(dict(step))
+        self._rows["decisions"] += [{"step": number, **decision} for decision in decisions]
+        self._rows["timings"].append({"step": number, "host": self._host, "process": 0, **timings})
+
+    def cut(self) -> tuple[Part, ...]:
+        """Write what was taken in since the last cut; returns the parts that are results (not the timings)."""
+        steps = self._rows["steps"]
+        if not steps:
+            return ()
+        name = part_name(steps[0]["step"], steps[-1]["step"])
+        parts = {}
+        for table, rows in self._rows.items():
+            footer = Footer(schema=table, spec=self._spec, inputs=self._inputs)
+            parts[table] = write_table(
+                self._run.url, f"{self._folder}/{table}/{name}", rows_to_table(table, rows), footer
+            )
+            rows.clear()
+        return parts["steps"], parts["decisions"]
+
+    def discard_after(self, step: int) -> None:
+        """Delete parts that reach beyond `step`: no checkpoint vouches for them and the steps are taken again."""
+        for table in TABLES:
+            folder = self._run.path(f"{self._folder}/{table}")
+            for name in list_names(folder, ".parquet"):
+                found = _PART.fullmatch(name)
+                if found and int(found[2]) > step:
+                    fs, path = filesystem(join(folder, name))
+                    fs.rm_file(path)

@@ -1,0 +1,173 @@
+"""Every option of a training, and which of them change its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from schemas.errors import InputError
+from selection_ops.online.policies import PolicyOptions
+from selection_ops.online.weights import RIDGE_SHARE, WEIGHT_BOUND
+
+Order = Literal["shuffled", "ranked"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train on a ranked stream."""
+
+    stream: str = "match"
+    """Name of the run's stream to train on, or path or URL of a folder that holds an index.json."""
+    generation: int = 0
+    """Generation of the stream; 0 takes the newest."""
+    model: str = ""
+    """Folder, URL or hub id of the causal language model to start from."""
+    revision: str = ""
+    """Revision of a hub model."""
+    name: str = ""
+    """Name of the training; by default the name of the stream and the policy."""
+
+    policy: str = "filter-then-weight"
+    """What a step does with its candidates: `full` (train on all), `random`, `filter-then-weight`."""
+    candidates: int = 16
+    """Samples offered at a step."""
+    n_keep: int = 8
+    """Candidates trained on at a step, at most; `full` trains on all that are offered."""
+    target_batch: int = 4
+    """Target samples a step compares candidates with; drawn anew at every step, in a seeded order."""
+    metric: str = "target"
+    """What candidates and target are compared in: `target` (the target's gradient through the live AdamW second moment), `sgd`."""
+    warmup_select: int = 4
+    """Gradients the second moment must have seen before metric `target` acts; until then it is `sgd`."""
+    filter_score: str = "decrease"
+    """Score of the greedy filter: `decrease` (gain of one optimally weighted addition), `residual`, `normalised`."""
+    weights: str = "nnls"
+    """Weights of the survivors: `nnls` (bounded least squares) or `uniform`."""
+    ridge: float = RIDGE_SHARE
+    """Ridge of the weights, as a share of the mean self-interaction."""
+    weight_bound: float = WEIGHT_BOUND
+    """Upper bound of a weight, in units of the best uniform one."""
+    proj_rank: int = 16
+    """Rank of the projection on each side of a site, for the sketches that a step compares."""
+    selection_weights: bool = True
+    """Multiply step weights by the stream's selection weights."""
+
+    steps: int = 0
+    """Optimizer steps; 0 trains to the end of the stream, or of the token budget."""
+    token_budget: int = 0
+    """Tokens to train on, at most; the last step keeps only what fits. 0 sets none."""
+    epochs: int = 1
+    """Times the stream is passed through."""
+    order: Order = "shuffled"
+    """Order of the stream: `shuffled` (a function of the seed) or `ranked` (best first)."""
+    seed: int = 0
+    """Seed of order, target batches, random choice, projections and dropout."""
+
+    lr: float = 1e-5
+    """Learning rate at the start of the schedule."""
+    schedule: str = "linear"
+    """Learning rate over the training: `linear` (to zero), `constant`, `cosine`, `sqrt` (1 - sqrt of progress)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate is raised from zero, on top of the schedule."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, of parameters with at least two dimensions."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    clip: float = 1.0
+    """Bound of the gradient's global norm; 0 never clips."""
+    optimizer_state: str = ""
+    """Optimizer state to start from: a checkpoint folder of Lehr, or an optimizer.safetensors."""
+
+    eval_every: int = 0
+    """Steps between evaluations on the held-out set; 0 evaluates before the first and after the last step."""
+    dtype: str = ""
+    """Arithmetic of forward and backward: float32, bfloat16 (autocast over float32 weights), float64; by default what the hardware is built for."""
+    attention: str = ""
+    """Attention implementation of transformers; by default the fastest on this hardware."""
+    batch_tokens: int = 4096
+    """Bound of longest x count of the batches that a step is computed in; bounds memory, not the step."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the journal is written at each."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept besides the final one."""
+    device: str = ""
+    """Device to train on; by default an accelerator where there is one."""
+    cache_bytes: int = 256 << 20
+    """Memory for shards of the stream; a larger stream is read sample by sample."""
+
+    def __post_init__(self) -> None:
+        self.policy_options()
+        for field, least in _AT_LEAST.items():
+            if getattr(self, field) < least:
+                raise InputError(f"{field} must be at least {least}, not {getattr(self, field)}")
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"{field} must lie in [0, 1), not {getattr(self, field)}")
+        if self.steps and self.token_budget:
+            raise InputError("give steps or token_budget, not both: each says when the training ends")
+        if self.order not in ("shuffled", "ranked"):
+            raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
+        if self.dtype not in ("", "float32", "bfloat16", "float64"):
+            raise InputError(f"unknown dtype {self.dtype!r}: choose one of float32, bfloat16, float64")
+
+    def policy_options(self) -> PolicyOptions:
+        """The options that the policy reads. Raises `InputError` for an unknown name or an impossible value."""
+        return PolicyOptions(
+            n_keep=self.n_keep,
+            metric=self.metric,
+            filter_score=self.filter_score,
+            weights=self.weights,
+            ridge=self.ridge,
+            weight_bound=self.weight_bound,
+        )
+
+    def spec(self, **resolved: Any) -> dict[str, Any]:
+        """What changes the result: every option but places, devices and cadences, with fingerprints for what was named.
+
+        `resolved` replaces or adds: fingerprints of stream, model and optimizer state, the dtype and attention in use.
+        """
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in EXECUTION}
+        return {**values, **resolved}
+
+
+EXECUTION = frozenset(
+    {
+        "name",
+        "stream",
+        "generation",
+        "model",
+        "revision",
+        "optimizer_state",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "device",
+        "cache_bytes",
+    }
+)
+"""Options that do not change results: places (their content enters by fingerprint), cadences, devices, caches."""
+
+_AT_LEAST = {
+    "candidates": 1,
+    "target_batch": 1,
+    "warmup_select": 1,
+    "proj_rank": 1,
+    "steps": 0,
+    "token_budget": 0,
+    "epochs": 1,
+    "generation": 0,
+    "lr": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "eps": 0,
+    "clip": 0,
+    "eval_every": 0,
+    "batch_tokens": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "cache_bytes": 0,
+}
