@@ -44,8 +44,8 @@ NAMED_QUERIES: dict[str, NamedQuery] = {
     "reasons": NamedQuery(
         "why candidates were taken or left, per selection",
         """
-        SELECT selection, reason, count(*) AS samples, sum(tokens) AS tokens
-        FROM selections GROUP BY selection, reason ORDER BY selection, samples DESC, reason""",
+        SELECT selection, split_part(reason, ' ', 1) AS reason, count(*) AS samples, sum(tokens) AS tokens
+        FROM selections GROUP BY selection, split_part(reason, ' ', 1) ORDER BY selection, samples DESC, reason""",
     ),
     "budget-spent": NamedQuery(
         "samples and tokens that each selection spends, and what they weigh",

@@ -177,7 +177,7 @@ class _Builder:
         identity = sample_id("fake", unit.path, row, window)
         self.texts[identity] = text
         loss_tokens = 20 + row % 40
-        closeness = {"math": 0.7, "code": 0.35}.get(domain, 0.0)
+        closeness = {"math": 0.5, "code": 0.35, "web": 0.2}.get(domain, 0.0)
         vector = self.rng.normal(size=self.options.k) / np.sqrt(self.options.k)
         vector[0] += closeness
         vector /= np.linalg.norm(vector)
@@ -395,22 +395,22 @@ class _Builder:
     def select(self, name: str, scoring: str) -> None:
         samples = [row for unit in self.units for row in self.features[scoring][unit.unit_id]]
         rows = []
-        for position, (sample, geometry) in enumerate(zip(samples, self.curvature_rows[scoring])):
-            score = float(self.rng.random()) if name == "random" else geometry["alignment"] + 0.001 * (position % 3)
+        for sample, geometry in zip(samples, self.curvature_rows[scoring]):
+            score = geometry["alignment"] * (0.0 if name == "random" else 1.0) + float(self.rng.normal()) * 0.15
             row = {key: value for key, value in sample.items() if key != "sketch"}
             row |= {key: geometry[key] for key in (*GEOMETRY_COLUMNS, *OVERLAP_COLUMNS)}
             row |= {"score": score, "scores": [("redundancy", 0.1)], "selected": False, "rank": None}
-            row |= {"selection_weight": 0.0, "reason": "overlap" if geometry["overlapping"] else "over_budget"}
+            row |= {"selection_weight": 0.0, "reason": "overlap" if geometry["overlapping"] else "not_chosen"}
             rows.append(row)
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         rank = 0
         for row in sorted(rows, key=lambda row: -row["score"]):
             if row["overlapping"]:
                 continue
             if row["content_id"] in seen:
-                row["reason"] = "duplicate"
+                row["reason"] = f"duplicate_of {seen[row['content_id']]}"
                 continue
-            seen.add(row["content_id"])
+            seen[row["content_id"]] = row["sample_id"]
             if rank < self.options.budget:
                 row |= {"rank": rank, "selected": True, "selection_weight": 1.0, "reason": "selected"}
                 rank += 1
@@ -428,7 +428,8 @@ class _Builder:
         part = write_table(self.run.url, f"{folder}/part-00000.parquet", rows_to_table("selection", rows), footer)
         counts: dict[str, int] = {}
         for row in rows:
-            counts[row["reason"]] = counts.get(row["reason"], 0) + 1
+            word = row["reason"].split(" ")[0]
+            counts[word] = counts.get(word, 0) + 1
         solution = pretty_json(
             {
                 "selector": name,
@@ -545,11 +546,11 @@ class _Builder:
         per_step = max(1, len(rows) // self.options.steps)
         steps, decisions, timings = [], [], []
         trained = offered = 0
-        gain = {"full": 0.05, "random": 0.03}.get(policy, 0.07)
+        gain = {"full": 0.4, "random": 0.25}.get(policy, 0.6) / self.options.steps
         for step in range(1, self.options.steps + 1):
             batch = rows[(step - 1) * per_step : step * per_step]
             kept = [i % 2 == 0 or policy == "full" for i in range(len(batch))]
-            weights = np.where(kept, 1.0 + 0.3 * np.cos(np.arange(len(batch)) + step) * (policy[0] == "f"), 0.0)
+            weights = np.where(kept, 1.0 + 0.3 * np.cos(np.arange(len(batch)) + step) * policy.startswith("filter"), 0.0)
             weights = weights / weights[weights > 0].mean()
             tokens = [row["tokens"] for row in batch]
             offered += sum(tokens)
