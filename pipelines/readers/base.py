@@ -114,7 +114,9 @@ def read_row(root: str, unit: WorkUnit, spec: PlanSpec, row: int) -> Item:
         if item.row == row:
             return item
     last = unit.row_start + unit.row_count - 1
-    raise InputError(f"{join(root, unit.path)}: row {row} is not in unit {unit.unit_id} (rows {unit.row_start} to {last})")
+    raise InputError(
+        f"{join(root, unit.path)}: row {row} is not in unit {unit.unit_id} (rows {unit.row_start} to {last})"
+    )
 
 
 def read_reject(path: str, row: int, reason: str, detail: str = "", preview: bytes | str = "") -> Reject:

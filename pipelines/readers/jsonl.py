@@ -81,7 +81,9 @@ class JsonlReader:
                 row += 1
         except LineError as error:
             if row < end:
-                yield read_reject(unit.path, row, _reason(error), f"the compressed stream broke: {error}", error.partial)
+                yield read_reject(
+                    unit.path, row, _reason(error), f"the compressed stream broke: {error}", error.partial
+                )
                 row += 1
         for missing in range(row, end):
             yield read_reject(unit.path, missing, "truncated", "the file ended before this row")

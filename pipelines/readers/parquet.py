@@ -1,0 +1,336 @@
+"""Parquet: units are ranges of rows, whole row groups where they fit.
+
+Tokens are estimated from the footer: the mean uncompressed bytes of the text columns over a row group. Where a row group's
+text is dictionary encoded, the footer counts repeated texts once, so the first rows of the group are measured instead.
+The fingerprint covers the file's size and footer, which holds the place of every page; damage inside pages is found by
+their checksums where the file has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.readers.base import LOGGER, Item, Warn, build_row, check_columns, read_reject, reader
+from pipelines.readers.source import BYTES_PER_TOKEN, Source, make_unit, source_changed
+from schemas.errors import InputError
+from schemas.fingerprint import hash128
+from schemas.spec import PlanSpec
+from schemas.units import WorkUnit
+
+_TAIL = 8
+_BROKEN_TAIL_BYTES = 64 << 10
+_BATCH_BYTES = 4 << 20
+_MAX_BATCH_ROWS = 1024
+_MAX_GROUP_ROWS = 1 << 32
+_MEASURED_ROWS = 64
+_BUFFER_BYTES = 1 << 20
+_DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
+
+
+@reader("parquet")
+class ParquetReader:
+    """Columns of strings; lists of {role, content} for messages."""
+
+    suffixes = (".parquet", ".pq")
+
+    def scan(self, root: str, path: str, spec: PlanSpec, warn: Warn = LOGGER.warning) -> Iterator[WorkUnit]:
+        """See `Reader.scan`. A file that cannot be opened is one unit of one row, which reads as `unreadable_file`."""
+        source = Source(root, path)
+        source_fingerprint = _fingerprint(source)
+
+        def unit(row_start: int, row_count: int, text_bytes: float) -> WorkUnit:
+            return make_unit(
+                spec,
+                path=path,
+                format="parquet",
+                byte_start=0,
+                byte_end=source.size,
+                row_start=row_start,
+                row_count=row_count,
+                source_fingerprint=source_fingerprint,
+                estimated_tokens=max(1, round(text_bytes / BYTES_PER_TOKEN)),
+            )
+
+        try:
+            file = _open(source)
+        except _DAMAGE as error:
+            warn(f"{source.url} is not a readable Parquet file ({_short(error)}); it is listed as one reject")
+            yield unit(0, 1, 0.0)
+            return
+        _check_schema(source.url, file.schema_arrow, spec)
+        names = _body(spec)
+        limit_bytes = spec.unit_tokens * BYTES_PER_TOKEN
+        start, rows, size, first_row = 0, 0, 0.0, 0
+        for index in range(file.metadata.num_row_groups):
+            group_rows = file.metadata.row_group(index).num_rows
+            if spec.limit:
+                group_rows = min(group_rows, spec.limit - first_row)
+            if not group_rows:
+                continue
+            per_row = _row_bytes(file, index, names)
+            group_bytes = per_row * group_rows
+            if rows and size + group_bytes > limit_bytes:
+                yield unit(start, rows, size)
+                start, rows, size = first_row, 0, 0.0
+            if group_bytes > limit_bytes:
+                step = max(1, int(limit_bytes / per_row))
+                for offset in range(0, group_rows, step):
+                    count = min(step, group_rows - offset)
+                    yield unit(first_row + offset, count, per_row * count)
+                start = first_row + group_rows
+            else:
+                rows, size = rows + group_rows, size + group_bytes
+            first_row += group_rows
+        if rows:
+            yield unit(start, rows, size)
+        if not first_row:
+            warn(f"{source.url} holds no row")
+
+    def rows(self, root: str, unit: WorkUnit, spec: PlanSpec) -> Iterator[Item]:
+        """See `Reader.rows`. Reasons: unreadable_file, damaged (every row behind a broken page), invalid_utf8, and those
+        of a record."""
+        source = Source(root, unit.path)
+        if _fingerprint(source) != unit.source_fingerprint:
+            raise source_changed(source, "its size or footer")
+        row, end = unit.row_start, unit.row_start + unit.row_count
+        reason, detail = "damaged", "the file ended before this row"
+        try:
+            for record in _records(source, unit, spec):
+                yield _item(unit.path, row, record, spec)
+                row += 1
+        except _Unreadable as error:
+            reason, detail = "unreadable_file", str(error)
+        except _Damaged as error:
+            reason, detail = "damaged", str(error)
+        for missing in range(row, end):
+            yield read_reject(unit.path, missing, reason, detail)
+
+
+class _Unreadable(Exception):
+    """The footer cannot be read."""
+
+
+class _Damaged(Exception):
+    """A page cannot be read."""
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _fingerprint(source: Source) -> str:
+    """Hash of size and footer; of size and the last 64 KiB where there is no footer."""
+    size = source.size
+    tail = source.read(max(0, size - _TAIL), size)
+    length = int.from_bytes(tail[:4], "little") + _TAIL if len(tail) == _TAIL and tail[4:] == b"PAR1" else 0
+    if not 0 < length <= size:
+        length = min(size, _BROKEN_TAIL_BYTES)
+    return hash128(str(size).encode(), source.read(size - length, size))
+
+
+def _open(source: Source) -> pq.ParquetFile:
+    if not source.size:
+        raise ValueError("the file is empty")
+    file = pq.ParquetFile(
+        pa.PythonFile(source.open(), mode="r"),
+        page_checksum_verification=True,
+        buffer_size=_BUFFER_BYTES,
+        pre_buffer=False,
+    )
+    metadata = file.metadata
+    counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    if any(not 0 <= count <= _MAX_GROUP_ROWS for count in counts) or sum(counts) != metadata.num_rows:
+        raise ValueError("the footer contradicts itself about the number of rows")
+    file.schema_arrow.names  # noqa: B018 - decoding the schema is part of opening
+    return file
+
+
+def _body(spec: PlanSpec) -> tuple[str, ...]:
+    columns = spec.columns
+    return {
+        "text": (columns.text,),
+        "prompt": (columns.prompt, columns.completion),
+        "messages": (columns.messages,),
+    }[columns.kind]
+
+
+def _check_schema(url: str, schema: pa.Schema, spec: PlanSpec) -> None:
+    check_columns(url, set(schema.names), spec)
+    for name in spec.columns.names():
+        if len(schema.get_all_field_indices(name)) > 1:
+            raise InputError(f"{url}: column {name!r} stands twice in its schema; rename one of them")
+    for name in _body(spec):
+        kind = schema.field(name).type
+        if spec.columns.kind == "messages":
+            if not _is_messages(kind):
+                raise InputError(f"{url}: column {name!r} is {kind}, not a list of {{role: string, content: string}}")
+        elif not _is_text(kind):
+            raise InputError(f"{url}: column {name!r} is {kind}, not text; cast it to string, or name another column")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    turn = kind.value_type
+    return pa.types.is_struct(turn) and {"role", "content"} <= {field.name for field in turn}
+
+
+def _row_bytes(file: pq.ParquetFile, group: int, names: tuple[str, ...]) -> float:
+    """Mean bytes of text of a row of the group, at least 1."""
+    metadata = file.metadata.row_group(group)
+    size, dictionary = 0, False
+    for index in range(metadata.num_columns):
+        chunk = metadata.column(index)
+        if chunk.path_in_schema.split(".")[0] in names or chunk.path_in_schema in names:
+            size += max(0, chunk.total_uncompressed_size)
+            dictionary = dictionary or "RLE_DICTIONARY" in chunk.encodings or "PLAIN_DICTIONARY" in chunk.encodings
+    mean = size / metadata.num_rows
+    if dictionary:
+        try:
+            batches = file.iter_batches(_MEASURED_ROWS, row_groups=[group], columns=list(names), use_threads=False)
+            batch = next(batches)
+            mean = max(
+                mean, sum(_text_bytes(value) for column in batch.to_pydict().values() for value in column) / len(batch)
+            )
+        except (*_DAMAGE, StopIteration):
+            LOGGER.debug("row group %d: its first rows cannot be measured", group)
+    return max(1.0, mean)
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, list):
+        return sum(
+            _text_bytes(turn.get("role")) + _text_bytes(turn.get("content")) for turn in value if isinstance(turn, dict)
+        )
+    return 0
+
+
+@dataclasses.dataclass
+class _Cursor:
+    """An open row group, decoded up to `next_row` of it.
+
+    Parquet cannot be entered in the middle of a row group. A worker that reads its units in order goes on from where it
+    stopped, so that a large group is decoded once by a worker instead of once by a unit.
+    """
+
+    key: tuple[Any, ...]
+    batches: Iterator[pa.RecordBatch]
+    next_row: int = 0
+    rest: pa.RecordBatch | None = None
+
+    def take(self, start: int, end: int) -> Iterator[pa.RecordBatch]:
+        """Batches of rows `start` to `end` of the group, no earlier than `next_row`."""
+        while self.next_row < end:
+            if self.rest is None or not len(self.rest):
+                self.rest = next(self.batches, None)
+                if self.rest is None:
+                    return
+            skip = min(max(0, start - self.next_row), len(self.rest))
+            count = min(end - self.next_row - skip, len(self.rest) - skip)
+            batch = self.rest.slice(skip, count)
+            self.rest = self.rest.slice(skip + count)
+            self.next_row += skip + count
+            if len(batch):
+                yield batch
+
+
+_OPEN = threading.local()
+
+
+def _records(source: Source, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[str, Any]]:
+    try:
+        file = _open(source)
+    except _DAMAGE as error:
+        raise _Unreadable(_short(error)) from error
+    names = spec.columns.names()
+    _check_schema(source.url, file.schema_arrow, spec)
+    row, end, group_start = unit.row_start, unit.row_start + unit.row_count, 0
+    for group in range(file.metadata.num_row_groups):
+        group_end = group_start + file.metadata.row_group(group).num_rows
+        if group_start < end and group_end > row:
+            key = (source.url, unit.source_fingerprint, group, names)
+            first = row - group_start
+            last = min(end, group_end) - group_start
+            cursor: _Cursor | None = getattr(_OPEN, "cursor", None)
+            _OPEN.cursor = None
+            if cursor is None or cursor.key != key or cursor.next_row > first:
+                cursor = _Cursor(key, _batches(file, group, names))
+            try:
+                for batch in cursor.take(first, last):
+                    row += len(batch)
+                    yield from _to_records(batch, names)
+            except _DAMAGE as error:
+                raise _Damaged(f"row group {group}: {_short(error)}") from error
+            if row < group_start + last:
+                raise _Damaged(f"row group {group} holds fewer rows than the footer says")
+            if row < group_end:
+                _OPEN.cursor = cursor
+        group_start = group_end
+
+
+def _batches(file: pq.ParquetFile, group: int, names: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    size = min(_MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(file, group, names))))
+    return file.iter_batches(size, row_groups=[group], columns=list(names), use_threads=False)
+
+
+class _Unconvertible:
+    """Stands for a value that has no Python form."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __str__(self) -> str:
+        return f"a value that cannot be read ({self.error})"
+
+
+def _to_records(batch: pa.RecordBatch, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    columns = [_values(batch.column(batch.schema.get_field_index(name))) for name in names]
+    for values in zip(*columns):
+        yield dict(zip(names, values))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        if pa.types.is_temporal(column.type):
+            # Python has no nanoseconds and no years beyond 9999, and pyarrow's own way out depends on pandas being there.
+            return column.cast(pa.string()).to_pylist()
+        return column.to_pylist()
+    except (*_DAMAGE, ImportError, TypeError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """Python form of one value, its text where there is none."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _Unconvertible(error)
+    except (*_DAMAGE, ImportError, TypeError):
+        try:
+            return str(scalar)
+        except (*_DAMAGE, ImportError, TypeError) as error:
+            return _Unconvertible(error)
+
+
+def _item(path: str, row: int, record: dict[str, Any], spec: PlanSpec) -> Item:
+    for name, value in record.items():
+        if isinstance(value, _Unconvertible):
+            reason = "invalid_utf8" if isinstance(value.error, UnicodeDecodeError) else "wrong_type"
+            return read_reject(path, row, reason, f"column {name!r}: {value.error}")
+    return build_row(path, row, record, spec)
