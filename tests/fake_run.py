@@ -438,10 +438,13 @@ class _Builder:
                 "certificate": {"kind": "relaxed bound", "value": 0.95, "bound": 0.97} if name == "match" else {},
                 "diagnostics": {
                     "set_cosine": {"match": 0.95, "random": 0.41}.get(name, 0.91),
-                    "set_cosine_two_fold": {"match": 0.88, "random": 0.37}.get(name, 0.86),
+                    "set_cosine_heldout": {"match": 0.88, "random": 0.37}.get(name, 0.86),
                     "set_cosine_bound": 0.97,
                     "effective_rank": 11.3,
-                    "domain_shares": {"math": 0.8, "code": 0.2},
+                    "domains": {"math": {"before": 0.2, "after": 0.8}},
+                    "duplicates_dropped": counts.get("duplicate_of", 0),
+                    "a_measure_of_tomorrow": 0.25,
+                    **self.supply(name),
                 },
                 "counts": counts,
                 "warnings": ["the budget lies past what the pool supplies"] if name == "match" else [],
@@ -465,6 +468,14 @@ class _Builder:
         )
         self.selected = getattr(self, "selected", {})
         self.selected[name] = sorted((row for row in rows if row["selected"]), key=lambda row: row["rank"])
+
+    def supply(self, name: str) -> dict[str, Any]:
+        if name != "match":
+            return {}
+        counts = np.unique(np.geomspace(1, self.options.budget, 30).round().astype(int))
+        peak = self.options.budget // 2
+        curve = [[int(n), 0.9 - 0.08 * float(np.log(n / peak) ** 2) / 4] for n in counts]
+        return {"supply_peak": peak, "supply_peak_cosine": 0.9, "supply_curve": curve}
 
     # stream
 
@@ -550,7 +561,9 @@ class _Builder:
         for step in range(1, self.options.steps + 1):
             batch = rows[(step - 1) * per_step : step * per_step]
             kept = [i % 2 == 0 or policy == "full" for i in range(len(batch))]
-            weights = np.where(kept, 1.0 + 0.3 * np.cos(np.arange(len(batch)) + step) * policy.startswith("filter"), 0.0)
+            weights = np.where(
+                kept, 1.0 + 0.3 * np.cos(np.arange(len(batch)) + step) * policy.startswith("filter"), 0.0
+            )
             weights = weights / weights[weights > 0].mean()
             tokens = [row["tokens"] for row in batch]
             offered += sum(tokens)
@@ -622,9 +635,7 @@ class _Builder:
             rows_to_table("timings", timings),
             footer["timings"],
         )
-        weights_path = f"{folder}/checkpoints/step-{len(steps):08d}/model.safetensors"
-        write_whole(self.run.path(weights_path), b"weights of a fake model")
-        parts.append(Part(path=weights_path, rows=0, bytes=23, sha256=sha256(b"weights of a fake model")))
+        parts += self.checkpoint(f"{folder}/checkpoints/step-{len(steps):08d}", len(steps))
         self.manifest(
             Manifest(
                 stage="train",
@@ -635,6 +646,16 @@ class _Builder:
                 summary={"steps": len(steps), "trained_tokens": trained, "offered_tokens": offered},
             )
         )
+
+    def checkpoint(self, folder: str, step: int) -> list[Part]:
+        files = {"model.safetensors": b"weights of a fake model", "state.json": pretty_json({"step": step})}
+        listed = [{"path": name, "bytes": len(data), "sha256": sha256(data)} for name, data in files.items()]
+        manifest = pretty_json({"step": step, "files": listed, "fingerprint": fingerprint([step, listed])})
+        parts = []
+        for name, data in {**files, "manifest.json": manifest}.items():
+            write_whole(self.run.path(f"{folder}/{name}"), data)
+            parts.append(Part(path=f"{folder}/{name}", rows=0, bytes=len(data), sha256=sha256(data)))
+        return parts
 
 
 def build_fake_run(folder: Any, options: FakeOptions | None = None, **changes: Any) -> Run:

@@ -277,10 +277,18 @@ def line_chart(
     width: int = WIDTH,
     height: int = 300,
     labelled: bool = True,
+    marks: Sequence[float] = (),
 ) -> Markup:
-    """Lines over a common x axis, each named at its end."""
+    """Lines over a common x axis, each named at its end; `marks` are x values with an upright line."""
     frame = Frame(title, description, x, y, width=width, height=height, right=148 if labelled else _RIGHT)
     frame.bands(bands)
+    for value in marks:
+        frame.add(
+            '<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{a}" y2="{b}"/>',
+            x=frame.x(value),
+            a=_TOP,
+            b=height - _BOTTOM,
+        )
     for series in lines:
         frame.line(series)
     if labelled:

@@ -220,7 +220,7 @@ def _primary(run: Run, selections: tuple[SelectionData, ...]) -> SelectionData |
 def heldout_cosine(solution: dict[str, Any]) -> float | None:
     """Set cosine on target rows that the selection did not see, where the diagnostics hold it."""
     diagnostics = solution.get("diagnostics", {})
-    for key in ("set_cosine_two_fold", "set_cosine_heldout", "set_cosine_evaluation"):
+    for key in ("set_cosine_heldout", "set_cosine_evaluation"):
         if isinstance(diagnostics.get(key), int | float):
             return float(diagnostics[key])
     return None

@@ -36,6 +36,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "geometry": sections.geometry_charts(data),
         "domains": sections.domain_charts(data),
         "selections": sections.selections_table(data) if data.selections else None,
+        "supply": sections.supply_chart(data),
         "shared": sections.shared_table(data),
         "losses": sections.loss_charts(data.trainings),
         "weights": sections.weight_charts(data.trainings),

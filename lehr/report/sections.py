@@ -31,7 +31,7 @@ _DOMAINS = 12
 
 LABELS = {
     "set_cosine": "set cosine, in sample",
-    "set_cosine_two_fold": "set cosine, held out (two-fold)",
+    "set_cosine_heldout": "set cosine, held out (two-fold)",
     "set_cosine_evaluation": "set cosine, evaluation set",
     "set_cosine_bound": "bound on the set cosine",
     "effective_rank": "effective rank",
@@ -302,12 +302,11 @@ def selections_table(data: ReportData) -> dict[str, Any]:
                 ],
             }
         )
-        known = {f"diagnostics.{key}" for key in LABELS}
         pairs = [
             (key, number(value, 4))
             for section in ("settings", "budget", "certificate", "diagnostics", "counts")
-            for key, value in flatten(solution.get(section, {}), section)
-            if key not in known
+            for key, value in flatten(_brief(solution.get(section, {})), section)
+            if key.removeprefix("diagnostics.") not in LABELS
         ]
         details.append(
             {"name": selection.name, "pairs": pairs[:200], "warnings": [str(w) for w in solution.get("warnings", [])]}
@@ -317,6 +316,36 @@ def selections_table(data: ReportData) -> dict[str, Any]:
     for row in rows:
         row["cells"] = [row["cells"][i] for i in held]
     return {"columns": [columns[i] for i in held], "rows": rows, "details": details}
+
+
+_SHOWN_ELSEWHERE = ("domains", "target", "supply_curve")
+
+
+def _brief(section: Any) -> Any:
+    """A section of a solution without what the page shows elsewhere, long lists as their length."""
+    if isinstance(section, dict):
+        return {key: _brief(value) for key, value in section.items() if key not in _SHOWN_ELSEWHERE}
+    return f"{len(section)} values" if isinstance(section, list) and len(section) > 6 else section
+
+
+def supply_chart(data: ReportData) -> Markup | None:
+    """Held-out set cosine along the path of each greedy selection: where it peaks, the pool has given what it holds."""
+    lines, notes, ends = [], [], []
+    for style, selection in enumerate(_primary_first(data)):
+        diagnostics = selection.solution.get("diagnostics", {})
+        curve = diagnostics.get("supply_curve")
+        if not isinstance(curve, list) or len(curve) < 2:
+            continue
+        points = [(float(at), float(cosine)) for at, cosine in curve]
+        lines.append(Series(name=selection.name, points=points, style=style))
+        notes.append(f"{selection.name} peaks at {diagnostics.get('supply_peak', '?')} samples")
+        ends.append(diagnostics.get("supply_peak"))
+    if not lines:
+        return None
+    x = axis("samples taken, best first", [x for line in lines for x, _ in line.points], log=True, integer=True)
+    y = axis("held-out set cosine", [y for line in lines for _, y in line.points])
+    peaks = [float(end) for end in ends if isinstance(end, int | float)]
+    return line_chart("Supply of the pool", "; ".join(notes), lines, x, y, height=260, marks=peaks)
 
 
 def shared_table(data: ReportData) -> dict[str, Any] | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import orjson
 import pyarrow as pa
 
 from lehr.verify.files import Manifests
 from lehr.verify.findings import Check
-from schemas.parquet import read_table
+from schemas.fingerprint import fingerprint
+from schemas.parquet import Part, read_part, read_table
 from schemas.run import Run
+from schemas.storage import read_bytes
 
 _STEPS = ("step", "offered", "kept", "offered_tokens", "trained_tokens", "total_offered_tokens", "total_trained_tokens")
 
@@ -22,8 +25,8 @@ def _journal(run: Run, manifests: Manifests, name: str, table: str, columns: tup
     return pa.concat_tables(tables) if tables else pa.table({column: [] for column in columns})
 
 
-def check_training(run: Run, manifests: Manifests, name: str) -> Iterator[Check]:
-    """The journal of one training against itself."""
+def check_training(run: Run, manifests: Manifests, name: str, *, quick: bool) -> Iterator[Check]:
+    """The journal of one training against itself, then its checkpoints unless `quick`."""
     where = run.path(run.training_folder(name))
     check = Check(subject=f"journal of {name}", promise="steps 1..n, decisions and totals add up", unit="steps")
     with check.guarded():
@@ -54,3 +57,30 @@ def check_training(run: Run, manifests: Manifests, name: str) -> Iterator[Check]
         if any(not row["kept"] and row["step_weight"] != 0 for row in decisions):
             check.fail(f"{where}/decisions: a sample that was not kept has a weight")
     yield check
+    if not quick:
+        yield _check_checkpoints(run, name)
+
+
+def _check_checkpoints(run: Run, name: str) -> Check:
+    """Every checkpoint that has a manifest is whole; one without was torn or is being deleted, and counts for nothing."""
+    check = Check(subject=f"checkpoints of {name}", promise="whole, as their manifests list them")
+    folder = f"{run.training_folder(name)}/checkpoints"
+    for step in run.folders(folder):
+        url = run.path(f"{folder}/{step}/manifest.json")
+        try:
+            record = orjson.loads(read_bytes(url))
+            files = record["files"]
+            if record["fingerprint"] != fingerprint([record["step"], files]):
+                check.fail(f"{url} does not match its fingerprint; it was edited or damaged")
+                continue
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            check.fail(f"{url} is not the manifest of a checkpoint ({error})")
+            continue
+        for file in files:
+            check.count += 1
+            part = Part(path=f"{folder}/{step}/{file['path']}", rows=0, bytes=file["bytes"], sha256=file["sha256"])
+            with check.guarded():
+                read_part(run.url, part)
+    return check

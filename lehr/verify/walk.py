@@ -43,7 +43,7 @@ def verify(
         elif stage == "select":
             yield from check_selection(run, manifests, name)
         elif stage == "train":
-            yield from check_training(run, manifests, name)
+            yield from check_training(run, manifests, name, quick=quick)
     if not quick:
         for _, folder in stream_folders(run):
             yield check_stream(run, manifests, folder, _nothing)
