@@ -256,7 +256,7 @@ def curvature_columns(
         coordinate.square_()
         stiff, flat, inverse = (coordinate[:, :n_centred] @ weights_J3).T
         inside = coordinate[:, :n_centred].sum(dim=1)
-        outside = (square - inside).clamp_min_(0.0)
+        outside = (square - inside).clamp_min_(0.0) if n_centred < dimension else torch.zeros_like(square)
         scale = torch.where(square > 0, square, torch.ones_like(square))
         values = {
             "alignment": alignment,

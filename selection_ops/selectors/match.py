@@ -43,7 +43,7 @@ def greedy(
     gain_m: np.ndarray,
     feasible: FeasibleSet,
     *,
-    stop_at_peak: bool = False,
+    cut_at_peak: bool = False,
 ) -> Path:
     """Add, one at a time, the row that makes the set cosine largest, while the feasible set allows one.
 
@@ -51,7 +51,7 @@ def greedy(
 
     unit_mK: float32 rows; scale_m: z = scale * row; gain_m: <row, g> for the unit direction g. Ties go to the smaller
     row. <s, z_j> is kept for every row in float64 and updated by one Gram column an addition; columns are computed for
-    the likeliest next rows together. `stop_at_peak` ends where no addition improves. Source: selection.md section 2.
+    the likeliest next rows together. `cut_at_peak` keeps the path up to its largest objective. Source: selection.md section 2.
     """
     count = len(scale_m)
     norm_sq_m = torch.linalg.vecdot(unit_mK, unit_mK).numpy().astype(np.float64) * scale_m**2
@@ -59,7 +59,7 @@ def greedy(
     cross_m = np.zeros(count)
     guard = _Guard(feasible, count)
     columns: dict[int, np.ndarray] = {}
-    total, square, current = 0.0, 0.0, -np.inf
+    total, square = 0.0, 0.0
     order: list[int] = []
     objective: list[float] = []
     squares: list[float] = []
@@ -73,8 +73,6 @@ def greedy(
         value_m = np.where(down > 0.0, up / np.sqrt(np.where(down > 0.0, down, 1.0)), 0.0)
         value_m[~open_m] = -np.inf
         best = int(value_m.argmax())
-        if stop_at_peak and order and value_m[best] <= current:
-            break
         if best not in columns:
             likely = np.argpartition(-value_m, min(COLUMN_BATCH, count - 1))[:COLUMN_BATCH]
             wanted = [best] + [int(j) for j in likely if open_m[j] and j != best and int(j) not in columns]
@@ -83,11 +81,12 @@ def greedy(
                 columns[j] = column
         cross_m += (columns.pop(best).astype(np.float64) * scale_m) * scale_m[best]
         total, square = float(up[best]), float(down[best])
-        current = float(value_m[best])
         order.append(best)
-        objective.append(current)
+        objective.append(float(value_m[best]))
         squares.append(square)
         guard.take(best)
+    kept = int(np.argmax(objective)) + 1 if cut_at_peak and order else len(order)
+    order, objective, squares = order[:kept], objective[:kept], squares[:kept]
     return Path(order_m=np.array(order, dtype=np.int64), objective=objective, square_m=np.array(squares))
 
 
@@ -181,7 +180,7 @@ class Match(Selector):
             scale_n[greedy_n],
             gain_n[greedy_n],
             _restricted(feasible, greedy_n),
-            stop_at_peak=settings.allow_short,
+            cut_at_peak=settings.allow_short,
         )
         order_n = greedy_n[path.order_m]
         order_n, chosen_by, top = self._best_of(problem, feasible, direction_K, gain_n, scale_n, order_n)

@@ -8,10 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from selection_ops.curvature import TargetGeometry
-from selection_ops.selectors.base import CandidateSet, Solution, get_selector
+from selection_ops.selectors import baselines as _baselines  # noqa: F401  registers the rankings
+from selection_ops.selectors import direct as _direct  # noqa: F401  registers direct and direct-signed
+from selection_ops.selectors import match as _match  # noqa: F401  registers match
+from selection_ops.selectors.base import CandidateSet, Solution, get_selector, known_selectors
 from selection_ops.selectors.diagnostics import describe_selection
 from selection_ops.selectors.problem import Problem
 from selection_ops.selectors.settings import Budget, SelectorSettings
+
+__all__ = ["get_selector", "known_selectors", "select"]
 
 
 def select(
