@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from schemas.errors import CorruptFile
 from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest
-from schemas.parquet import Footer, Part, read_table, rows_to_table, write_table
+from schemas.parquet import Footer, Part, decode_table, read_part, rows_to_table, write_table
 from schemas.run import Run
 from schemas.spec import PlanSpec, plan_spec_from_dict
 
@@ -61,9 +62,12 @@ def write_plan_table(run: Run, spec: PlanSpec, units: Sequence[WorkUnit]) -> Par
 
 
 def read_plan(run: Run) -> Plan:
-    """The finished plan of a run."""
+    """The finished plan of a run. Raises `CorruptFile` where the table is not the one its manifest lists."""
     manifest: Manifest = run.manifest("plan", PLAN_NAME)
     spec = plan_spec_from_dict(manifest.spec)
-    table: pa.Table = read_table(run.path(run.plan_path), schema="plan", spec=fingerprint(spec))
+    url = run.path(run.plan_path)
+    if [part.path for part in manifest.parts] != [run.plan_path]:
+        raise CorruptFile(f"the manifest of the plan does not list {url}; run `lehr plan --extend`")
+    table: pa.Table = decode_table(read_part(run.url, manifest.parts[0]), url, schema="plan", spec=fingerprint(spec))[0]
     units = tuple(WorkUnit(**record) for record in table.to_pylist())
     return Plan(spec=spec, units=units, fingerprint=manifest.fingerprint)
