@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_long_shortlists_go_through_frank_wolfe_and_come_near_greedy(seed: int, 
     for solution in (by_greedy, by_wolfe):
         assert max(full, proposed) <= solution.certificate["bound"] + 1e-9
         steps = solution.certificate["objective_per_iteration"]
-        assert all(after >= before - 1e-7 for before, after in zip(steps, steps[1:], strict=False))  # exact line search
+        assert all(after >= before - 1e-7 for before, after in itertools.pairwise(steps))  # exact line search
 
 
 def test_exact_step_is_the_best_step() -> None:
