@@ -1,0 +1,31 @@
+"""The trainer: ranked streams, the online step, checkpoints, the journal."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.loop import train
+    from trainer.settings import TrainSettings
+    from trainer.step import Candidate, OnlineStep, StepResult
+    from trainer.stream import Offered, RankedStream
+
+__all__ = ["Candidate", "Offered", "OnlineStep", "RankedStream", "StepResult", "TrainSettings", "train"]
+
+_HOMES = {
+    "Candidate": "trainer.step",
+    "Offered": "trainer.stream",
+    "OnlineStep": "trainer.step",
+    "RankedStream": "trainer.stream",
+    "StepResult": "trainer.step",
+    "TrainSettings": "trainer.settings",
+    "train": "trainer.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: settings and help texts must not wait for torch.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'trainer' has no attribute {name!r}")

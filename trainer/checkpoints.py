@@ -5,10 +5,11 @@ A folder without a manifest, or with a file that differs from it, is torn: it is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def load_optimizer_tensors(
         raise InputError(f"{where} holds moments of {sorted(left)[0].split(':')[0]}, which this model does not have")
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would write into ours."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def write_checkpoint(
     folder_url: str, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: TrainerState
 ) -> tuple[str, dict[str, tuple[int, str]]]:
@@ -109,7 +124,7 @@ def write_checkpoint(
         write_whole(join(url, name), data)
         written[name] = (len(data), sha256(data))
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, quiet():
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):

@@ -13,6 +13,7 @@ from typing import Any
 from schemas.parquet import Footer, Part, rows_to_table, write_table
 from schemas.run import Run
 from schemas.storage import filesystem, join, list_names
+from trainer.step import Candidate, StepResult
 
 TABLES = ("steps", "decisions", "timings")
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
@@ -67,3 +68,50 @@ class Journal:
                 if found and int(found[2]) > step:
                     fs, path = filesystem(join(folder, name))
                     fs.rm_file(path)
+
+
+def step_row(result: StepResult, **context: Any) -> dict[str, Any]:
+    """Row of `steps`; `context` holds what the loop knows: policy, rates, totals, evaluation."""
+    diagnostics = result.decision.diagnostics
+    return {
+        "step": result.step,
+        "metric": result.metric,
+        "mode": result.mode,
+        "kept": len(result.decision.kept),
+        "trained_tokens": result.trained_tokens,
+        "loss": result.loss,
+        "target_loss": result.target_loss,
+        "grad_norm": result.grad_norm,
+        "clip_factor": result.clip_factor,
+        "weight_sum": sum(result.weight_N),
+        "effective_sample_size": result.effective_sample_size,
+        "alpha": result.decision.alpha,
+        "interaction_to_alignment": diagnostics.interaction_to_alignment if diagnostics else None,
+        "matching_error": diagnostics.matching_error if diagnostics else None,
+        "update_target_cosine": diagnostics.update_target_cosine if diagnostics else None,
+        "fallback": result.decision.fallback,
+        "padding_share": result.padding_share,
+        **context,
+    }
+
+
+def decision_rows(result: StepResult, offered: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Rows of `decisions`, in the order of the stream."""
+    kept, space, score_N = set(result.decision.kept), result.geometry, result.decision.score_N
+    return [
+        {
+            "position": item.position,
+            "sample_id": item.sample_id,
+            "rank": item.rank,
+            "tokens": item.tokens,
+            "loss_tokens": item.loss_tokens,
+            "loss": result.sample_loss_N[index],
+            "alignment": float(space.align_N[index]) if space else None,
+            "self_interaction": float(space.gram_NN[index, index]) if space else None,
+            "score": float(score_N[index]) if score_N is not None else None,
+            "kept": index in kept,
+            "step_weight": result.weight_N[index],
+            "reason": result.decision.reasons[index],
+        }
+        for index, item in enumerate(offered)
+    ]

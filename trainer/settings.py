@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from schemas.errors import InputError
-from selection_ops.online.policies import PolicyOptions
-from selection_ops.online.weights import RIDGE_SHARE, WEIGHT_BOUND
+from selection_ops.online.options import PolicyOptions
 
 Order = Literal["shuffled", "ranked"]
 
@@ -43,9 +42,9 @@ class TrainSettings:
     """Score of the greedy filter: `decrease` (gain of one optimally weighted addition), `residual`, `normalised`."""
     weights: str = "nnls"
     """Weights of the survivors: `nnls` (bounded least squares) or `uniform`."""
-    ridge: float = RIDGE_SHARE
+    ridge: float = 1e-3
     """Ridge of the weights, as a share of the mean self-interaction."""
-    weight_bound: float = WEIGHT_BOUND
+    weight_bound: float = 3.0
     """Upper bound of a weight, in units of the best uniform one."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site, for the sketches that a step compares."""
@@ -116,7 +115,7 @@ class TrainSettings:
             raise InputError(f"unknown dtype {self.dtype!r}: choose one of float32, bfloat16, float64")
 
     def policy_options(self) -> PolicyOptions:
-        """The options that the policy reads. Raises `InputError` for an unknown name or an impossible value."""
+        """The options that the policy reads. Raises `InputError` for an impossible value."""
         return PolicyOptions(
             n_keep=self.n_keep,
             metric=self.metric,

@@ -17,40 +17,8 @@ from torch import Tensor
 from schemas.errors import InputError
 from selection_ops.online.filters import SCORES
 from selection_ops.online.metrics import Diagnostics, Geometry, get_metric
-from selection_ops.online.weights import RIDGE_SHARE, SCHEMES, WEIGHT_BOUND
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
-    """How a policy chooses and weights; part of the training's spec."""
-
-    n_keep: int = 8
-    """Candidates trained on at a step, at most; `full` trains on all that are offered."""
-    metric: str = "target"
-    """What candidates and target are compared in: `target` (the target's gradient through the live preconditioner), `sgd` (as it is)."""
-    filter_score: str = "decrease"
-    """Score of the greedy filter: `decrease`, `residual` or `normalised`."""
-    weights: str = "nnls"
-    """Weights of the survivors: `nnls` (bounded least squares) or `uniform`."""
-    ridge: float = RIDGE_SHARE
-    """Ridge of the weights, as a share of the mean self-interaction."""
-    weight_bound: float = WEIGHT_BOUND
-    """Upper bound of a weight, in units of the best uniform one."""
-
-    def __post_init__(self) -> None:
-        if self.n_keep < 1:
-            raise InputError(f"n_keep must be at least 1, not {self.n_keep}")
-        get_metric(self.metric)
-        for kind, value, known in (
-            ("filter score", self.filter_score, tuple(SCORES)),
-            ("weights", self.weights, SCHEMES),
-        ):
-            if value not in known:
-                raise InputError(f"unknown {kind} {value!r}: choose one of {', '.join(known)}")
-        if self.ridge <= 0:
-            raise InputError(f"ridge must be positive, not {self.ridge}: equal candidates have singular interactions")
-        if self.weight_bound <= 0:
-            raise InputError(f"weight_bound must be positive, not {self.weight_bound}")
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.weights import SCHEMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +48,8 @@ class Decision:
     alpha: float | None = None
     diagnostics: Diagnostics | None = None
     fallback: str = ""
+    limited: bool = False
+    """Whether the token budget kept something out that would have been trained on."""
 
 
 class Policy(Protocol):
@@ -120,10 +90,20 @@ def policy_names() -> list[str]:
 
 
 def make_policy(name: str, options: PolicyOptions) -> Policy:
-    """The policy called `name`. Raises `InputError` listing the known ones."""
+    """The policy called `name`. Raises `InputError` listing the known names where it, or one in its options, is unknown."""
     if name not in policy_names():
         raise InputError(f"unknown policy {name!r}: choose one of {', '.join(policy_names())}")
+    get_metric(options.metric)
+    for kind, value, known in (
+        ("filter score", options.filter_score, tuple(SCORES)),
+        ("weights", options.weights, SCHEMES),
+    ):
+        if value not in known:
+            raise InputError(f"unknown {kind} {value!r}: choose one of {', '.join(known)}")
     return _REGISTRY[name](options)
+
+
+OVER_BUDGET = "over the token budget"
 
 
 def within_budget(order: Sequence[int], tokens_N: Sequence[int], token_limit: int | None) -> tuple[int, ...]:

@@ -5,13 +5,16 @@ After "Filter-then-Weight: Online Data Selection and Reweighting for LLM Fine-Tu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from schemas.errors import InputError
 from selection_ops.online.filters import greedy_filter, line_search, top_by_alignment
 from selection_ops.online.metrics import Geometry, diagnose
-from selection_ops.online.policies import Candidates, Decision, PolicyOptions, register, within_budget
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, register, within_budget
 from selection_ops.online.weights import normalise, solve_weights
 
 NO_ALIGNMENT = "no candidate is aligned with the target"
@@ -33,34 +36,31 @@ class FilterThenWeight:
         if space is None:
             raise InputError("filter-then-weight needs sketches and a target batch")
         options, count = self._options, len(candidates.sample_ids)
-        limit = candidates.token_limit
-        # What is longer than all that is left of the budget takes no part, so that it cannot crowd out what fits.
-        fitting = [index for index in range(count) if limit is None or candidates.tokens_N[index] <= limit]
-        if not fitting:
-            return Decision(
-                kept=(), weight_S=torch.zeros(0, dtype=torch.float64), reasons=("over the token budget",) * count
-            )
-        index_F = torch.tensor(fitting)
-        align_F = space.align_N[index_F]
-        filtered = greedy_filter(space.gram_NN[index_F][:, index_F], align_F, options.n_keep, options.filter_score)
-        score_N = torch.zeros(count, dtype=torch.float64)
-        score_N[index_F] = filtered.score_N
-        wanted = tuple(fitting[index] for index in filtered.chosen)
-        chosen = within_budget(wanted, candidates.tokens_N, limit)
+        everything = range(count)
+        wanted, score_N = self._filter(space, everything)
+        limited = within_budget(wanted, candidates.tokens_N, candidates.token_limit) != wanted
+        fitting: Sequence[int] = everything
+        if limited:
+            # What is longer than all that is left of the budget takes no part, so that it cannot crowd out what fits.
+            fitting = [index for index in everything if candidates.tokens_N[index] <= (candidates.token_limit or 0)]
+            wanted, score_N = self._filter(space, fitting)
+        chosen = within_budget(wanted, candidates.tokens_N, candidates.token_limit)
         raw_S, alpha = self._weigh(space, chosen)
         fallback = ""
-        if not bool((raw_S > 0).any()):
+        if fitting and not bool((raw_S > 0).any()):
+            align_F = space.align_N[torch.tensor(fitting)]
             fallback = ZERO_WEIGHTS if bool((align_F > 0).any()) else NO_ALIGNMENT
             wanted = tuple(fitting[index] for index in top_by_alignment(align_F, options.n_keep))
-            chosen = within_budget(wanted, candidates.tokens_N, limit)
+            chosen = within_budget(wanted, candidates.tokens_N, candidates.token_limit)
             raw_S = torch.ones(len(chosen), dtype=torch.float64)
+            limited = limited or chosen != wanted
         kept = tuple(index for index, weight in zip(chosen, raw_S.tolist()) if weight > 0)
         raw_N = torch.zeros(count, dtype=torch.float64)
         raw_N[list(chosen)] = raw_S
         fits = set(fitting)
-        reasons = ["left by the filter" if index in fits else "over the token budget" for index in range(count)]
+        reasons = ["left by the filter" if index in fits else OVER_BUDGET for index in everything]
         for index in wanted:
-            reasons[index] = "over the token budget"
+            reasons[index] = OVER_BUDGET
         for index in chosen:
             reasons[index] = "weight 0"
         for index in kept:
@@ -73,7 +73,18 @@ class FilterThenWeight:
             alpha=alpha,
             diagnostics=diagnose(space, raw_N, scaled=not fallback),
             fallback=fallback,
+            limited=limited,
         )
+
+    def _filter(self, space: Geometry, among: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
+        """Indices chosen among `among`, in order, and the score of every candidate (0 outside)."""
+        index_F = torch.tensor(among, dtype=torch.long)
+        found = greedy_filter(
+            space.gram_NN[index_F][:, index_F], space.align_N[index_F], self._options.n_keep, self._options.filter_score
+        )
+        score_N = torch.zeros_like(space.align_N)
+        score_N[index_F] = found.score_N
+        return tuple(among[index] for index in found.chosen), score_N
 
     def _weigh(self, space: Geometry, chosen: tuple[int, ...]) -> tuple[Tensor, float]:
         index_S = torch.tensor(chosen, dtype=torch.long)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from selection_ops.online.policies import Candidates, Decision, PolicyOptions, register, within_budget
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, register, within_budget
 
 
 @register("full")
@@ -18,7 +19,9 @@ class Full:
 
     def choose(self, candidates: Candidates) -> Decision:
         """All candidates, weight 1."""
-        kept = within_budget(range(len(candidates.sample_ids)), candidates.tokens_N, candidates.token_limit)
+        count = len(candidates.sample_ids)
+        kept = within_budget(range(count), candidates.tokens_N, candidates.token_limit)
         chosen = set(kept)
-        reasons = tuple("kept" if i in chosen else "over the token budget" for i in range(len(candidates.sample_ids)))
-        return Decision(kept=kept, weight_S=torch.ones(len(kept), dtype=torch.float64), reasons=reasons)
+        reasons = tuple("kept" if index in chosen else OVER_BUDGET for index in range(count))
+        weight_S = torch.ones(len(kept), dtype=torch.float64)
+        return Decision(kept=kept, weight_S=weight_S, reasons=reasons, limited=len(kept) < count)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from schemas.fingerprint import canonical_json, hash128
-from selection_ops.online.policies import Candidates, Decision, PolicyOptions, register, within_budget
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, register, within_budget
 
 
 @register("random")
@@ -27,6 +28,7 @@ class Random:
         kept = within_budget(order, candidates.tokens_N, candidates.token_limit)
         drawn, fitting = set(order), set(kept)
         reasons = tuple(
-            "kept" if i in fitting else "over the token budget" if i in drawn else "not drawn" for i in range(len(keys))
+            "kept" if index in fitting else OVER_BUDGET if index in drawn else "not drawn" for index in range(len(keys))
         )
-        return Decision(kept=kept, weight_S=torch.ones(len(kept), dtype=torch.float64), reasons=reasons)
+        weight_S = torch.ones(len(kept), dtype=torch.float64)
+        return Decision(kept=kept, weight_S=weight_S, reasons=reasons, limited=len(kept) < len(order))

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from schemas.errors import InputError, LehrError
 
-RIDGE_SHARE = 1e-3
-WEIGHT_BOUND = 3.0
 SCHEMES = ("nnls", "uniform")
 _TOLERANCE = 1e-10
 _SWEEPS = 100_000
@@ -84,7 +82,7 @@ def solve_weights(
     alpha: float,
     *,
     scheme: str = "nnls",
-    ridge: float = RIDGE_SHARE,
+    ridge: float = 1e-3,
     bound: float = 3.0,
 ) -> Tensor:
     """Raw weights of the survivors, in units of the line search coefficient `alpha`.

@@ -11,7 +11,8 @@ import torch
 
 from schemas.errors import InputError
 from selection_ops.online.metrics import geometry, get_metric
-from selection_ops.online.policies import Candidates, PolicyOptions, make_policy, policy_names
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import Candidates, make_policy, policy_names
 from tests.reference.online import box_quadratic, greedy
 
 
@@ -170,7 +171,7 @@ def test_every_candidate_has_a_reason() -> None:
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        PolicyOptions(**changes)
+        make_policy("full", PolicyOptions(**changes))
 
 
 def test_metrics() -> None:

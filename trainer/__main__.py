@@ -1,0 +1,54 @@
+"""`torchrun -m trainer RUN ...` and `python -m trainer RUN ...`: the settings of `lehr train`, plain lines instead of a bar."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from schemas.errors import LehrError
+from trainer.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Train on a ranked stream of a run directory, choosing again at every step; a second start resumes."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory."""
+    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = TrainSettings()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns 0, or 2 after printing an error that the message explains."""
+    logging.basicConfig(
+        level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        command = tyro.cli(Command, args=argv, prog="python -m trainer")
+        from schemas.run import Run
+        from trainer.loop import Progress, train
+
+        def line(event: Progress) -> None:
+            held_out = "" if event.eval_loss is None else f", held-out {event.eval_loss:.4f}"
+            sys.stdout.write(
+                f"step {event.step} ({event.share:.0%}): loss {event.loss:.4f}{held_out}, kept {event.kept_share:.0%}, "
+                f"{event.trained_tokens:,} tokens, {event.step_seconds:.2f} s\n"
+            )
+            sys.stdout.flush()
+
+        summary = train(Run.open(command.run_dir), command.settings, line)
+    except LehrError as error:
+        sys.stderr.write(f"trainer: {error}\n")
+        return 2
+    sys.stdout.write(f"done: {summary['steps']} steps, held-out loss {summary['eval_loss']}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

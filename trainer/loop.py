@@ -1,0 +1,289 @@
+"""A training from start to manifest: offer, step, journal, evaluate, checkpoint; resume from the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import torch
+
+from schemas.errors import CorruptFile, InputError, LehrError
+from schemas.fingerprint import fingerprint
+from schemas.manifest import Manifest, write_manifest
+from schemas.parquet import Part
+from schemas.run import Run
+from schemas.storage import join, read_bytes, sha256, sweep_temporary
+from schemas.timings import HeartbeatWriter
+from selection_ops.encoding import Encoded
+from trainer.checkpoints import (
+    MANIFEST_FILE,
+    TrainerState,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    load_weights,
+    prune_checkpoints,
+    read_optimizer,
+    read_state,
+    write_checkpoint,
+)
+from trainer.evaluation import evaluate
+from trainer.journal import Journal, decision_rows, step_row
+from trainer.prepare import Prepared, candidate, prepare
+from trainer.schedules import learning_rate
+from trainer.settings import TrainSettings
+from trainer.step import OnlineStep
+from trainer.stream import shuffled_ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a progress bar shows after each step; `share` is the part of the training that is done."""
+
+    step: int
+    share: float
+    loss: float
+    eval_loss: float | None
+    learning_rate: float
+    trained_tokens: int
+    kept_share: float
+    step_seconds: float
+
+
+def train(
+    run: Run, settings: TrainSettings, progress: Callable[[Progress], None] = lambda event: None, *, attempt: str = ""
+) -> dict[str, Any]:
+    """Train as `settings` say, or go on with the training of that name; returns the manifest's summary.
+
+    Raises `InputError` where a training of the same name was made with another spec, naming what differs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise LehrError(
+            f"WORLD_SIZE is {world}: data parallel training is not supported in this version; start one process"
+        )
+    ready = prepare(run, settings)
+    if isinstance(ready, Manifest):
+        return ready.summary
+    training = _Training(run, settings, ready, attempt)
+    training.restore()
+    while not training.state.ended:
+        training.advance(progress)
+    return training.finish()
+
+
+class _Training:
+    """One training in progress: everything between two checkpoints lives here."""
+
+    def __init__(self, run: Run, settings: TrainSettings, ready: Prepared, attempt: str) -> None:
+        self.run, self.settings, self.ready = run, settings, ready
+        self.folder = run.training_folder(ready.name)
+        self.checkpoints = run.path(f"{self.folder}/checkpoints")
+        self.journal = Journal(run, ready.name, spec=fingerprint(ready.spec), stream=ready.stream.index.fingerprint)
+        self.heart = HeartbeatWriter(run, "train", ready.name, attempt=attempt)
+        self.online = OnlineStep(
+            ready.model,
+            ready.optimizer,
+            settings.policy,
+            options=settings.policy_options(),
+            seed=settings.seed,
+            proj_rank=settings.proj_rank,
+            warmup_select=settings.warmup_select,
+            clip=settings.clip,
+            batch_tokens=settings.batch_tokens,
+            dtype=ready.dtype,
+            selection_weights=settings.selection_weights,
+        )
+        self.state = TrainerState(
+            step=0,
+            spec=ready.spec,
+            cursor=ready.stream.state_dict(),
+            trained_tokens=0,
+            offered_tokens=0,
+            initial_eval_loss=None,
+            eval_loss=None,
+            fallbacks=0,
+        )
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint, or evaluate the untouched model and start."""
+        sweep_temporary(self.run.path(self.folder))
+        url = latest_checkpoint(self.checkpoints)
+        if url is None:
+            self.journal.discard_after(0)
+            loss = self._evaluate()
+            self.state = dataclasses.replace(self.state, initial_eval_loss=loss, eval_loss=loss)
+            return
+        state = read_state(url)
+        load_weights(self.ready.model, url)
+        load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url), url)
+        self.ready.stream.load_state_dict(state.cursor)
+        self.online.steps_taken = state.step
+        self.journal.discard_after(state.step)
+        self.state = state
+        log.info("training %s goes on after step %d", self.ready.name, state.step)
+
+    def advance(self, progress: Callable[[Progress], None]) -> None:
+        """One step, its journal rows, and what is due after it."""
+        settings, state, ready = self.settings, self.state, self.ready
+        wall, processor, number = time.perf_counter(), time.process_time(), state.step + 1
+        cursor = ready.stream.state_dict()
+        offered = [candidate(ready.encoder, item) for item in ready.stream.take(settings.candidates)]
+        if not offered:
+            self._end("stream")
+            return
+        rate = learning_rate(
+            settings.lr,
+            settings.schedule,
+            progress=self._share(),
+            step=number,
+            warmup_steps=settings.warmup_steps,
+        )
+        for group in ready.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(int(fingerprint(["dropout", settings.seed, number])[:15], 16))
+        limit = settings.token_budget - state.trained_tokens if settings.token_budget else None
+        result = self.online.step(offered, self._target_batch(number), token_limit=limit)
+        if not result.applied:
+            # Nothing that was wanted fits into what is left of the budget: the step before this one was the last.
+            ready.stream.load_state_dict(cursor)
+            self._end("token budget")
+            return
+        offered_tokens = sum(item.tokens for item in offered)
+        self.state = state = dataclasses.replace(
+            state,
+            step=number,
+            cursor=ready.stream.state_dict(),
+            trained_tokens=state.trained_tokens + result.trained_tokens,
+            offered_tokens=state.offered_tokens + offered_tokens,
+            fallbacks=state.fallbacks + bool(result.decision.fallback),
+        )
+        ended = self._ended(result.decision.limited)
+        due = bool(settings.eval_every) and number % settings.eval_every == 0
+        eval_loss = self._evaluate() if ended or due else None
+        self.state = dataclasses.replace(
+            self.state, ended=ended, eval_loss=eval_loss if ended or due else state.eval_loss
+        )
+        seconds = time.perf_counter() - wall
+        self.journal.record(
+            step_row(
+                result,
+                policy=settings.policy,
+                learning_rate=rate,
+                offered=len(offered),
+                offered_tokens=offered_tokens,
+                total_offered_tokens=state.offered_tokens,
+                total_trained_tokens=state.trained_tokens,
+                eval_loss=eval_loss,
+            ),
+            decision_rows(result, offered),
+            {
+                "seconds": seconds,
+                "cpu_seconds": time.process_time() - processor,
+                "selection_seconds": result.selection_seconds,
+            },
+        )
+        self.heart.tokens(result.trained_tokens)
+        if ended or number % settings.checkpoint_every == 0:
+            self._checkpoint()
+        progress(
+            Progress(
+                step=number,
+                share=1.0 if ended else self._share(),
+                loss=result.loss,
+                eval_loss=eval_loss,
+                learning_rate=rate,
+                trained_tokens=state.trained_tokens,
+                kept_share=len(result.decision.kept) / len(offered),
+                step_seconds=seconds,
+            )
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Write the stage manifest over journal and final checkpoint; returns its summary."""
+        url = latest_checkpoint(self.checkpoints)
+        if url is None:
+            raise CorruptFile(f"{self.checkpoints} holds no whole checkpoint; run the same command again")
+        relative = url[len(self.run.url) + 1 :]
+        data = read_bytes(join(url, MANIFEST_FILE))
+        files = [*orjson.loads(data)["files"], _entry(MANIFEST_FILE, data)]
+        parts = [Part(path=f"{relative}/{f['path']}", rows=0, bytes=f["bytes"], sha256=f["sha256"]) for f in files]
+        state = self.state
+        summary = {
+            "steps": state.step,
+            "trained_tokens": state.trained_tokens,
+            "offered_tokens": state.offered_tokens,
+            "initial_eval_loss": state.initial_eval_loss,
+            "eval_loss": state.eval_loss,
+            "fallbacks": state.fallbacks,
+            "ended": state.ended,
+            "checkpoint": relative,
+        }
+        manifest = Manifest(
+            stage="train",
+            name=self.ready.name,
+            spec=self.ready.spec,
+            inputs={"stream": self.ready.stream.index.fingerprint},
+            parts=(*state.journal, *parts),
+            summary=summary,
+        )
+        write_manifest(self.run.path(self.run.manifest_path("train", self.ready.name)), manifest)
+        return summary
+
+    def _share(self) -> float:
+        settings, state = self.settings, self.state
+        if settings.token_budget:
+            return state.trained_tokens / settings.token_budget
+        return state.step / self.ready.total_steps
+
+    def _ended(self, limited: bool) -> str:
+        settings, state = self.settings, self.state
+        if settings.token_budget and (limited or state.trained_tokens >= settings.token_budget):
+            return "token budget"
+        if not settings.token_budget and state.step >= self.ready.total_steps:
+            return "steps"
+        if self.ready.stream.position >= len(self.ready.stream):
+            if settings.token_budget:
+                log.warning(
+                    "the stream ended after %d of %d tokens: the learning rate has not come to its end. Offer more, or raise epochs",
+                    state.trained_tokens,
+                    settings.token_budget,
+                )
+            return "stream"
+        return ""
+
+    def _end(self, reason: str) -> None:
+        """End after the step before; its checkpoint is written anew with what is now known."""
+        if not self.state.step:
+            raise InputError(
+                f"the token budget of {self.settings.token_budget} is shorter than every sample of the first step; raise it"
+            )
+        self.state = dataclasses.replace(self.state, ended=reason, eval_loss=self._evaluate())
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        self.state = dataclasses.replace(self.state, journal=(*self.state.journal, *self.journal.cut()))
+        ready = self.ready
+        write_checkpoint(self.checkpoints, ready.model, ready.tokenizer, ready.optimizer, self.state)
+        keep = self.settings.keep_checkpoints + bool(self.state.ended)
+        prune_checkpoints(self.checkpoints, keep, self.state.step)
+
+    def _evaluate(self) -> float | None:
+        return evaluate(self.ready.model, self.ready.evaluation, self.settings.batch_tokens, self.ready.dtype)
+
+    def _target_batch(self, number: int) -> list[Encoded]:
+        target = self.ready.target
+        if not self.online.policy.needs_sketches:
+            return []
+        order = shuffled_ranks(self.settings.seed + 1, len(target), number)
+        return [target[index] for index in order[: self.settings.target_batch]]
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    return {"path": name, "bytes": len(data), "sha256": sha256(data)}

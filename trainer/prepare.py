@@ -1,0 +1,189 @@
+"""Everything a training needs before its first step, checked in order of cost: names, stream, spec, then the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import orjson
+import torch
+
+from schemas.errors import CorruptFile, InputError
+from schemas.fingerprint import fingerprint, plain, pretty_json
+from schemas.manifest import Manifest
+from schemas.run import Run, check_name
+from schemas.spec import EncodingSpec
+from schemas.storage import exists, read_bytes, write_whole
+from selection_ops.encoding import Encoded, Encoder
+from selection_ops.model import default_attention, default_dtype, load_model, tokenizer_fingerprint
+from selection_ops.online.policies import make_policy
+from trainer.checkpoints import load_optimizer_tensors, optimizer_fingerprint, quiet, read_optimizer
+from trainer.schedules import get_schedule
+from trainer.settings import TrainSettings
+from trainer.step import Candidate
+from trainer.stream import Offered, RankedStream, read_beside, stream_url
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Prepared:
+    """A training ready to start or to be resumed."""
+
+    name: str
+    spec: dict[str, Any]
+    stream: RankedStream
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    optimizer: torch.optim.Optimizer
+    target: list[Encoded]
+    evaluation: list[Encoded]
+    dtype: str
+    total_steps: int
+    """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
+
+
+def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
+    """The stream that the settings name."""
+    finished: dict[str, list[int]] = {}
+    if "/" not in settings.stream:
+        for manifest in run.manifests("export"):
+            finished.setdefault(manifest.spec["stream"], []).append(int(manifest.spec["generation"]))
+    url = stream_url(run.url, settings.stream, settings.generation, {name: sorted(g) for name, g in finished.items()})
+    return RankedStream(
+        url, order=settings.order, seed=settings.seed, epochs=settings.epochs, cache_bytes=settings.cache_bytes
+    )
+
+
+def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
+    """A training ready to go, or the manifest of the training of that name and spec where it has already finished.
+
+    Raises `InputError` for a stream cut with another tokenizer, a name that stands for another spec, a target that a
+    policy needs and the stream lacks, an unusable model or optimizer state.
+    """
+    get_schedule(settings.schedule)
+    policy = make_policy(settings.policy, settings.policy_options())
+    if not settings.model:
+        raise InputError("name the model to train with --model")
+    stream = open_stream(run, settings)
+    index = stream.index
+    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}")
+    if policy.needs_sketches and not index.target:
+        raise InputError(
+            f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
+            "export a selection made for a target, or train with --policy full or random"
+        )
+    revision = settings.revision or None
+    found = tokenizer_fingerprint(settings.model, revision=revision)
+    if found != index.tokenizer:
+        raise InputError(
+            f"the stream at {stream.url} was cut with a tokenizer of fingerprint {index.tokenizer}; that of {settings.model} has "
+            f"{found}. Lengths and budgets would not hold: train the model the corpus was scored for, or export again for this one"
+        )
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = settings.dtype or default_dtype(device)
+    attention = settings.attention or default_attention(device)
+    with quiet():
+        loaded = load_model(
+            settings.model,
+            revision=revision,
+            dtype="float64" if dtype == "float64" else "float32",  # bfloat16 is autocast over float32 weights
+            attention=attention,
+            device=device,
+        )
+    moments = read_optimizer(settings.optimizer_state) if settings.optimizer_state else None
+    spec: dict[str, Any] = plain(
+        settings.spec(
+            stream=index.fingerprint,
+            model=loaded.model_fingerprint,
+            optimizer_state=optimizer_fingerprint(moments) if moments is not None else "",
+            dtype=dtype,
+            attention=attention,
+        )
+    )
+    declare(run, name, spec)
+    manifest_path = run.path(run.manifest_path("train", name))
+    if exists(manifest_path):
+        return run.manifest("train", name)
+    model = loaded.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(model, settings)
+    if moments is not None:
+        load_optimizer_tensors(model, optimizer, moments, settings.optimizer_state)
+    encoder = Encoder(loaded.tokenizer, EncodingSpec(**index.encoding))
+    per_stream = -(-len(stream) // settings.candidates)
+    if settings.steps > per_stream:
+        log.warning(
+            "the stream holds %d samples: %d steps of %d candidates, not %d; the schedule ends there. Raise epochs for more",
+            len(stream),
+            per_stream,
+            settings.candidates,
+            settings.steps,
+        )
+    return Prepared(
+        name=name,
+        spec=spec,
+        stream=stream,
+        model=model,
+        tokenizer=loaded.tokenizer,
+        encoder=encoder,
+        optimizer=optimizer,
+        target=[encode(encoder, item) for item in read_beside(stream.url, index, "target")],
+        evaluation=[encode(encoder, item) for item in read_beside(stream.url, index, "evaluation")],
+        dtype=dtype,
+        total_steps=min(settings.steps or per_stream, per_stream),
+    )
+
+
+def declare(run: Run, name: str, spec: dict[str, Any]) -> None:
+    """Fix the spec of training `name`. Raises `InputError` naming every option in which an existing one differs."""
+    url = run.path(f"{run.training_folder(name)}/spec.json")
+    data = pretty_json({"spec": spec, "fingerprint": fingerprint(spec)})
+    try:
+        write_whole(url, data, create_only=True)
+        return
+    except FileExistsError:
+        pass
+    try:
+        record = orjson.loads(read_bytes(url))
+        known, stored = record["spec"], record["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{url} is damaged ({error}); delete the training's folder and start again") from error
+    if stored == fingerprint(spec):
+        return
+    differing = [key for key in sorted({*known, *spec}) if known.get(key) != spec.get(key)]
+    what = "; ".join(f"{key} was {known.get(key)!r} and is now {spec.get(key)!r}" for key in differing)
+    raise InputError(f"training {name!r} exists with another spec: {what}. Use the same, or another --name")
+
+
+def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over every parameter; vectors (norms, biases) are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain_ones = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain_ones, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+
+
+def encode(encoder: Encoder, item: Any) -> Encoded:
+    """A ranked sample as token ids and loss mask."""
+    return encoder.encode(item.sample.text, item.sample.loss_spans)
+
+
+def candidate(encoder: Encoder, offered: Offered) -> Candidate:
+    """An offered sample as a step takes it."""
+    ranked = offered.ranked
+    return Candidate(
+        sample_id=ranked.sample.sample_id,
+        encoded=encode(encoder, ranked),
+        position=offered.position,
+        rank=ranked.rank,
+        selection_weight=ranked.selection_weight,
+    )
