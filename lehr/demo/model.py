@@ -132,7 +132,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = type(quantised.config)(**settings)
     config.dtype = torch.bfloat16
     with torch.random.fork_rng(devices=[]):
-        model = type(quantised)(config).to(torch.bfloat16)
+        model: Any = type(quantised)(config)
+    model = model.to(torch.bfloat16)
     model.load_state_dict(quantised.state_dict(), strict=True)
     del quantised
     model.tie_weights()

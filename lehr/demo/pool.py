@@ -250,7 +250,7 @@ def _problem_rows(
     kinds += [""] * (quota - round(DUPLICATE_SHARE * quota) - len(kinds))
     rng.shuffle(kinds)
     fitting = _fitting(problems, lengths, count)
-    rows = []
+    rows: list[PoolRow] = []
     for kind in kinds:
         for problem in fitting:
             text = _damaged_problem(problem, kind, fitting, lengths, count, rng)

@@ -50,11 +50,11 @@ def problem_text(question: str, answer: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without GSM8K's notation: calculator annotations go, the `####` line becomes a sentence, quotes are ASCII.
+    """`text` without GSM8K's notation: calculator annotations go, the `####` line becomes `Result:`, quotes are ASCII.
 
     Applied to both sides, so that notation does not tell the pool's problems from the target's.
     """
-    text = _RESULT.sub(r"The answer is \1.", _CALCULATOR.sub("", text.translate(_TYPOGRAPHY)))
+    text = _RESULT.sub(r"Result: \1", _CALCULATOR.sub("", text.translate(_TYPOGRAPHY)))
     lines = (_SPACES.sub(" ", line).strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
