@@ -103,23 +103,23 @@ class _UnitReader:
                     if isinstance(made, Sample):
                         found[made.row, made.window] = made
         samples = []
-        for item in wanted:
-            sample = found.get((item.row, item.window))
-            if sample is None or sample.content_id != item.content_id:
+        for place in wanted:
+            sample = found.get((place.row, place.window))
+            if sample is None or sample.content_id != place.content_id:
                 raise SourceChanged(
-                    f"{unit.path} row {item.row}: the text is not the one that was scored (content_id {item.content_id[:12]} "
+                    f"{unit.path} row {place.row}: the text is not the one that was scored (content_id {place.content_id[:12]} "
                     f"expected, {sample.content_id[:12] if sample else 'nothing'} found); run `lehr plan --extend` and score again"
                 )
             samples.append(
                 RankedSample(
                     sample=sample,
-                    rank=item.rank,
-                    selection_weight=item.selection_weight,
-                    tokens=item.tokens,
-                    loss_tokens=item.loss_tokens,
+                    rank=place.rank,
+                    selection_weight=place.selection_weight,
+                    tokens=place.tokens,
+                    loss_tokens=place.loss_tokens,
                 )
             )
-            self._heart.tokens(item.tokens)
+            self._heart.tokens(place.tokens)
         self._heart.unit_done()
         return samples
 

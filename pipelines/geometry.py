@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from schemas.parquet import Footer, Part, decode_table, read_part, write_table
@@ -40,7 +41,7 @@ class TargetData:
 def write_spectrum(run: Run, folder: str, geometry: TargetGeometry, spec: FeatureSpec) -> Part:
     """Write `spectrum.parquet`: both spectra, a row per eigenvalue above the floor."""
     tables = [_spectrum_table(s, geometry) for s in (geometry.centred, geometry.empirical)]
-    notes = {s.kind: _scalars(s) for s in (geometry.centred, geometry.empirical)}
+    notes: dict[str, Any] = {s.kind: _scalars(s) for s in (geometry.centred, geometry.empirical)}
     notes["energy"], notes["floor"] = geometry.energy, geometry.floor
     footer = Footer(schema="spectrum", spec=spec.fingerprint, notes=notes)
     return write_table(run.url, f"{folder}/spectrum.parquet", pa.concat_tables(tables), footer)
@@ -88,7 +89,7 @@ def read_target(run: Run, target: str, scoring: str, spec: FeatureSpec) -> Targe
     tokens: dict[str, tuple[tuple[int, int], ...]] = {}
     sketches: dict[str, torch.Tensor] = {}
     for name in PARTS:
-        table = samples_table.filter(pa.compute.equal(samples_table["part"], name))
+        table = samples_table.filter(pc.equal(samples_table["part"], name))
         samples[name] = tuple(_sample(record) for record in table.drop_columns(["sketch"]).to_pylist())
         tokens[name] = tuple(zip(table["tokens"].to_pylist(), table["loss_tokens"].to_pylist()))
         sketches[name] = full_sketches(table)
@@ -118,10 +119,10 @@ def _sample(record: dict[str, Any]) -> Sample:
 
 
 def _spectrum(table: pa.Table, kind: str, footer: Footer) -> Spectrum:
-    rows = table.filter(pa.compute.equal(table["fisher"], kind))
+    rows = table.filter(pc.equal(table["fisher"], kind))
     width = table.schema.field("vector").type.list_size
     vectors = vector_array(rows["vector"]).reshape(-1, width).astype(np.float64)
-    scalars = {name: math.nan if value is None else value for name, value in footer.notes[kind].items()}
+    scalars: dict[str, Any] = {name: math.nan if value is None else value for name, value in footer.notes[kind].items()}
     return Spectrum(
         kind=kind,
         values_J=torch.from_numpy(rows["eigenvalue"].to_numpy().copy()),

@@ -14,6 +14,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 from apache_beam.utils.shared import Shared
 
 from pipelines.curvature import CurvatureView
@@ -31,7 +32,7 @@ from schemas.parquet import Footer, Part, decode_table, rows_to_table, write_tab
 from schemas.run import Run
 from schemas.sample import Reject, Row, Sample
 from schemas.spec import PlanSpec
-from schemas.storage import list_names, read_bytes, sha256, sweep_temporary
+from schemas.storage import exists, list_names, read_bytes, sha256, sweep_temporary
 from schemas.tables import table_schema
 from schemas.timings import HeartbeatWriter
 from schemas.units import Plan, WorkUnit, read_plan
@@ -61,6 +62,7 @@ class UnitScorer:
         self._scorer = SampleScorer(self.spec, settings.location)
         self._views: dict[str, CurvatureView] = {}
         self._failed: LehrError | None = None
+        self._listed = _listed_hashes(self.run, settings)
         self._heart = HeartbeatWriter(self.run, "score", settings.scoring, attempt=settings.attempt)
 
     def finish(self, unit: WorkUnit) -> dict[str, Any]:
@@ -114,12 +116,12 @@ class UnitScorer:
                 table = view.table(features[0], samples)
                 curvature = table, write_table(self.run.url, path, table, footer)
             parts[f"curvature/{target}"] = curvature[1]
-            overlapping[target] = int(pa.compute.sum(curvature[0]["overlapping"]).as_py() or 0)
+            overlapping[target] = int(pc.sum(curvature[0]["overlapping"]).as_py() or 0)
         return {
             "key": unit.unit_id,
             "parts": {name: plain(part) for name, part in parts.items()},
             "samples": features[0].num_rows,
-            "tokens": int(pa.compute.sum(features[0]["tokens"]).as_py() or 0),
+            "tokens": int(pc.sum(features[0]["tokens"]).as_py() or 0),
             "rejects": dict(Counter(rejects[0]["reason"].to_pylist())),
             "overlapping": overlapping,
             "scored_tokens": scored_tokens,
@@ -137,6 +139,9 @@ class UnitScorer:
         try:
             data = read_bytes(url)
         except FileNotFoundError:
+            return None
+        if self._listed.get(path, sha256(data)) != sha256(data):
+            log.warning("made again: %s differs from its manifest", url)
             return None
         try:
             table, footer = decode_table(data, url, schema=schema, spec=self.spec.fingerprint)
@@ -168,6 +173,16 @@ class UnitScorer:
             raise CorruptFile(
                 f"{unit.path}: sample {error} of the stored features is not in the corpus any more; plan and score again"
             ) from error
+
+
+def _listed_hashes(run: Run, settings: ScoreSettings) -> dict[str, str]:
+    """Hashes that finished stages listed: they see damage that page checksums do not cover."""
+    names = [
+        ("score", settings.scoring),
+        *(("curvature", f"{target}.{settings.scoring}") for target in settings.targets),
+    ]
+    finished = [name for name in names if exists(run.path(run.manifest_path(*name)))]
+    return {part.path: part.sha256 for name in finished for part in run.manifest(*name).parts}
 
 
 def rejects_table(rejects: list[Reject]) -> pa.Table:

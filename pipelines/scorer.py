@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from selection_ops.batching import collate, length_batches
-from selection_ops.encoding import Encoded, Encoder
-from selection_ops.engine import GradientEngine, SampleFeatures
-from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
 
 from pipelines.scoring import ModelLocation
 from schemas.errors import InputError
 from schemas.sample import Reject, Sample
 from schemas.spec import FeatureSpec
+from selection_ops.batching import collate, length_batches
+from selection_ops.encoding import Encoded, Encoder
+from selection_ops.engine import GradientEngine, SampleFeatures
+from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 def scored_columns(scored: Scored, schema: pa.Schema) -> dict[str, Any]:
     """Place, measures and sketch of scored samples as Arrow-ready columns of `schema`."""
     vector = schema.field("sketch").type
-    values = scored.unit_NK.astype(vector.value_type.to_pandas_dtype()).reshape(-1)
+    values = scored.unit_NK.astype(np.float16 if pa.types.is_float16(vector.value_type) else np.float32).reshape(-1)
     return {
         **sample_columns(scored.samples),
         "tokens": scored.tokens_N,

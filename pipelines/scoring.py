@@ -36,7 +36,7 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
         return spec, _location(run, name, spec, options)
     if not options.model:
         raise InputError(f"scoring {name!r} does not exist yet in {run.url}: name the model with --model")
-    spec, report = _resolve(options)
+    spec, report = _resolve(options.model, options)
     location = ModelLocation(model=options.model, revision=options.revision)
     _remember(run, name, location)
     write_manifest(
@@ -46,15 +46,16 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
     return run.scoring(name), location
 
 
-def _resolve(options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
+def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
     import torch
+
     from selection_ops.model import default_attention, default_dtype, load_model
     from selection_ops.sites import find_sites
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
     attention = options.attention or default_attention(device)
-    loaded = load_model(options.model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
+    loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model)
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}

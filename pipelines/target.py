@@ -14,9 +14,9 @@ from typing import Any
 import apache_beam as beam
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from apache_beam.utils.shared import Shared
-from selection_ops.encoding import Encoder
 
 from pipelines.geometry import full_sketches, write_spectrum
 from pipelines.options import Execution, ScoringOptions, TargetOptions
@@ -38,6 +38,7 @@ from schemas.storage import exists, list_names, read_bytes
 from schemas.tables import table_schema
 from schemas.timings import HeartbeatWriter
 from selection_ops.curvature import TargetGeometry, describe_target
+from selection_ops.encoding import Encoder
 from selection_ops.overlap import OVERLAP_LIMIT, OverlapIndex
 
 log = logging.getLogger(__name__)
@@ -322,12 +323,12 @@ def _score_chunks(
 
 
 def _geometry(table: pa.Table, name: str, options: TargetOptions) -> TargetGeometry:
-    reference = full_sketches(table.filter(pa.compute.equal(table["part"], "reference")))
+    reference = full_sketches(table.filter(pc.equal(table["part"], "reference")))
     if not len(reference):
         raise InputError(
             f"target {name!r}: every sample was rejected in scoring (NaN or infinite gradients): is the model sound?"
         )
-    swapped = full_sketches(table.filter(pa.compute.equal(table["part"], "swapped")))
+    swapped = full_sketches(table.filter(pc.equal(table["part"], "swapped")))
     mean: torch.Tensor | None = swapped.mean(dim=0) if len(swapped) else None
     return describe_target(reference, energy=options.energy, swapped_mean_K=mean)
 
@@ -347,7 +348,7 @@ def _write(
     samples_part = write_table(run.url, f"{folder}/samples.parquet", table, footer)
     spectrum_part = write_spectrum(run, folder, geometry, spec)
     declared = run.manifest("scoring", scoring)
-    counts = {value["values"]: value["counts"] for value in pa.compute.value_counts(table["part"]).to_pylist()}
+    counts = {value["values"]: value["counts"] for value in pc.value_counts(table["part"]).to_pylist()}
     manifest = Manifest(
         stage="target",
         name=f"{name}.{scoring}",

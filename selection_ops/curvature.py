@@ -219,7 +219,7 @@ def curvature_columns(
             f"candidate sketches have dimension {dimension}, the target's have {geometry.dimension}; "
             "score both under the same feature spec"
         )
-    norm_N = torch.as_tensor(np.asarray(norm_N), dtype=torch.float64)
+    norm_N = torch.tensor(np.asarray(norm_N, np.float64))
     centred, empirical = geometry.centred, geometry.empirical
     n_centred, n_empirical = centred.values_J.shape[0], empirical.k_star
     unit_mean_K = geometry.mean_K / geometry.mean_K.norm()

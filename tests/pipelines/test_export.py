@@ -90,7 +90,7 @@ def test_shard_size_changes_the_shards(world: World) -> None:
 def test_text_that_is_not_the_scored_one_names_file_and_row(world: World) -> None:
     lines = (world.corpus / "b.jsonl").read_text().splitlines()
     table = selection(world.run, "match")
-    chosen = [r for r in table.filter(table["selected"]).to_pylist() if r["path"] == "b.jsonl"][0]
+    chosen = next(r for r in table.filter(table["selected"]).to_pylist() if r["path"] == "b.jsonl")
     record = json.loads(lines[chosen["row"]])
     record["text"] = record["text"] + " more"
     lines[chosen["row"]] = json.dumps(record)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pipelines.plan import make_plan
-from tests.tiny import save_tiny_model
 
 from pipelines.options import Execution, ScoringOptions, TargetOptions
+from pipelines.plan import make_plan
 from pipelines.score import ScoreReport, score
 from pipelines.target import TargetReport, describe
 from schemas.run import Run
 from schemas.spec import CorpusColumns, PlanSpec
+from tests.tiny import save_tiny_model
 
 WORDS = [
     "glass",
@@ -60,7 +60,7 @@ WORDS = [
 ]
 COLUMNS = CorpusColumns(id="name", domain="topic", keep=("clean",))
 IN_PROCESS = Execution(workers=1)
-SCORING = ScoringOptions(max_tokens=48, min_tokens=4, k=64, proj_rank=4, dtype="float32", batch_tokens=256)
+SCORING = ScoringOptions(max_tokens=200, min_tokens=4, k=64, proj_rank=4, dtype="float32", batch_tokens=512)
 
 
 def sentence(rng: random.Random, low: int = 6, high: int = 40) -> str:
@@ -112,11 +112,11 @@ class World:
     model: Path
     run: Run
 
-    def plan(self, *, unit_tokens: int = 400, extend: bool = False) -> None:
+    def plan(self, *, extend: bool = False) -> None:
         make_plan(
             self.run.url,
             str(self.corpus),
-            PlanSpec(corpus="tiny", columns=COLUMNS, unit_tokens=unit_tokens),
+            PlanSpec(corpus="tiny", columns=COLUMNS, unit_tokens=400),
             extend=extend,
         )
 
@@ -133,7 +133,7 @@ class World:
         return score(self.run, "base", self.scoring_options, execution, **changes)  # type: ignore[arg-type]
 
 
-def make_world(folder: Path, *, rows: int = 60, kind: str = "llama") -> World:
+def make_world(folder: Path, *, rows: int = 60, kind: str = "llama", unit_tokens: int = 400) -> World:
     """Corpus, target, model and a planned run below `folder`."""
     corpus = write_corpus(folder / "corpus", rows=rows)
     target = write_target(folder / "target.jsonl")
@@ -141,7 +141,7 @@ def make_world(folder: Path, *, rows: int = 60, kind: str = "llama") -> World:
     model = folder / "model"
     save_tiny_model(model, kind)
     url = str(folder / "run")
-    make_plan(url, str(corpus), PlanSpec(corpus="tiny", columns=COLUMNS, unit_tokens=400))
+    make_plan(url, str(corpus), PlanSpec(corpus="tiny", columns=COLUMNS, unit_tokens=unit_tokens))
     return World(folder, corpus, target, evaluation, model, Run.open(url))
 
 
