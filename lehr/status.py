@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lehr.catalog import in_flow
@@ -88,10 +89,14 @@ class RunStatus:
 
 
 def worker_status(beats: list[Heartbeat], now: float) -> WorkerStatus:
-    """Heartbeats of one stage, taken together at time `now` (Unix seconds)."""
+    """Heartbeats of one stage, taken together at time `now` (Unix seconds).
+
+    An error counts only if it is of the latest attempt: a command that was run again has overcome the earlier ones.
+    """
     live = [beat for beat in beats if now - beat.updated <= LIVE_S]
     speeds = [beat.tokens_done / max(beat.updated - beat.started, 1e-3) for beat in live if beat.tokens_done]
-    failed = [beat for beat in beats if beat.last_error]
+    latest = max(beats, key=lambda beat: beat.updated, default=None)
+    failed = [beat for beat in beats if beat.last_error and latest and beat.attempt == latest.attempt]
     last = max(failed, key=lambda beat: beat.updated, default=None)
     return WorkerStatus(
         live=len(live),
@@ -138,6 +143,11 @@ def _scoring(run: Run, plan: Plan, name: str, manifest: Manifest | None, now: fl
     )
 
 
+def _is_finished(stage: str, name: str, manifests: Mapping[tuple[str, str], Manifest]) -> bool:
+    """Whether a manifest of this name stands, or of a generation of it."""
+    return any(key[0] == stage and (key[1] == name or key[1].startswith(f"{name}.")) for key in manifests)
+
+
 def run_status(run: Run, now: float | None = None) -> RunStatus:
     """Look at a run from any machine that can read it; takes no lock and writes nothing."""
     now = time.time() if now is None else now
@@ -168,7 +178,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
         (stage, name, worker_status(beats, now))
         for stage in run.folders("timings")
         for name in run.folders(f"timings/{stage}")
-        if stage != "score" and (stage, name) not in by_key and (beats := read_heartbeats(run, stage, name))
+        if stage != "score" and not _is_finished(stage, name, by_key) and (beats := read_heartbeats(run, stage, name))
     ]
     return RunStatus(
         url=run.url,

