@@ -228,10 +228,10 @@ def _parse(path: str, row: int, line: Line, spec: PlanSpec) -> Item:
 def _check_columns(url: str, blocks: Iterable[bytes], spec: PlanSpec, warn: Warn) -> None:
     found: set[str] = set()
     objects = 0
-    first: bytes | None = None
     try:
         for number, line in enumerate(read_lines(blocks, spec.max_row_bytes)):
-            first = line.data if first is None else first
+            if not number and line.data.lstrip().startswith(b"["):
+                warn(f"{url} looks like one JSON array, not JSON lines; convert it: `jq -c '.[]' FILE > FILE.jsonl`")
             value = _load(line.data)[0] if line.complete else None
             if isinstance(value, dict):
                 objects += 1
@@ -244,5 +244,3 @@ def _check_columns(url: str, blocks: Iterable[bytes], spec: PlanSpec, warn: Warn
         LOGGER.debug("%s: broken within its first rows", url)
     if objects:
         check_columns(url, found, spec)
-    elif first is not None and first.lstrip().startswith(b"["):
-        warn(f"{url} looks like one JSON array, not JSON lines; convert it: `jq -c '.[]' FILE > FILE.jsonl`")

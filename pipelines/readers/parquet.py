@@ -57,23 +57,23 @@ class ParquetReader:
                 estimated_tokens=max(1, round(text_bytes / BYTES_PER_TOKEN)),
             )
 
+        names = _body(spec)
         try:
-            file = _open(source)
+            opened = _open(source, names)
         except _DAMAGE as error:
             warn(f"{source.url} is not a readable Parquet file ({_short(error)}); it is listed as one reject")
             yield unit(0, 1, 0.0)
             return
-        _check_schema(source.url, file.schema_arrow, spec)
-        names = _body(spec)
+        _check_schema(source.url, opened.schema, spec)
         limit_bytes = spec.unit_tokens * BYTES_PER_TOKEN
         start, rows, size, first_row = 0, 0, 0.0, 0
-        for index in range(file.metadata.num_row_groups):
-            group_rows = file.metadata.row_group(index).num_rows
+        for index, group in enumerate(opened.groups):
+            group_rows = group.rows
             if spec.limit:
                 group_rows = min(group_rows, spec.limit - first_row)
             if not group_rows:
                 continue
-            per_row = _row_bytes(file, index, names)
+            per_row = _row_bytes(opened, index, names)
             group_bytes = per_row * group_rows
             if rows and size + group_bytes > limit_bytes:
                 yield unit(start, rows, size)
@@ -134,7 +134,24 @@ def _fingerprint(source: Source) -> str:
     return hash128(str(size).encode(), source.read(size - length, size))
 
 
-def _open(source: Source) -> pq.ParquetFile:
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """What the footer says of a row group: its rows, and of the columns read their bytes and whether they may be shared."""
+
+    rows: int
+    bytes: int
+    dictionary: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    file: pq.ParquetFile
+    schema: pa.Schema
+    groups: tuple[_Group, ...]
+
+
+def _open(source: Source, names: tuple[str, ...]) -> _File:
+    """The file with everything decoded that its footer says of columns `names`; raises one of `_DAMAGE`."""
     if not source.size:
         raise ValueError("the file is empty")
     file = pq.ParquetFile(
@@ -143,12 +160,21 @@ def _open(source: Source) -> pq.ParquetFile:
         buffer_size=_BUFFER_BYTES,
         pre_buffer=False,
     )
-    metadata = file.metadata
-    counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    if any(not 0 <= count <= _MAX_GROUP_ROWS for count in counts) or sum(counts) != metadata.num_rows:
+    paths = [file.schema.column(index).path for index in range(len(file.schema))]
+    wanted = [index for index, path in enumerate(paths) if path in names or path.split(".")[0] in names]
+    groups = []
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = [group.column(index) for index in wanted]
+        flat = {chunk.num_values for index, chunk in zip(wanted, chunks) if "." not in paths[index]}
+        if not 0 <= group.num_rows <= _MAX_GROUP_ROWS or not flat <= {group.num_rows}:
+            raise ValueError("the footer contradicts itself about the number of rows")
+        size = sum(max(0, chunk.total_uncompressed_size) for chunk in chunks)
+        shared = any("DICTIONARY" in encoding for chunk in chunks for encoding in chunk.encodings)
+        groups.append(_Group(group.num_rows, size, shared))
+    if sum(group.rows for group in groups) != file.metadata.num_rows:
         raise ValueError("the footer contradicts itself about the number of rows")
-    file.schema_arrow.names  # noqa: B018 - decoding the schema is part of opening
-    return file
+    return _File(file, file.schema_arrow, tuple(groups))
 
 
 def _body(spec: PlanSpec) -> tuple[str, ...]:
@@ -189,24 +215,16 @@ def _is_messages(kind: pa.DataType) -> bool:
     return pa.types.is_struct(turn) and {"role", "content"} <= {field.name for field in turn}
 
 
-def _row_bytes(file: pq.ParquetFile, group: int, names: tuple[str, ...]) -> float:
+def _row_bytes(opened: _File, group: int, names: tuple[str, ...]) -> float:
     """Mean bytes of text of a row of the group, at least 1."""
-    metadata = file.metadata.row_group(group)
-    size, dictionary = 0, False
-    for index in range(metadata.num_columns):
-        chunk = metadata.column(index)
-        if chunk.path_in_schema.split(".")[0] in names or chunk.path_in_schema in names:
-            size += max(0, chunk.total_uncompressed_size)
-            dictionary = dictionary or "RLE_DICTIONARY" in chunk.encodings or "PLAIN_DICTIONARY" in chunk.encodings
-    mean = size / metadata.num_rows
-    if dictionary:
+    mean = opened.groups[group].bytes / opened.groups[group].rows
+    if opened.groups[group].dictionary:
         try:
-            batches = file.iter_batches(_MEASURED_ROWS, row_groups=[group], columns=list(names), use_threads=False)
-            batch = next(batches)
-            mean = max(
-                mean, sum(_text_bytes(value) for column in batch.to_pydict().values() for value in column) / len(batch)
-            )
-        except (*_DAMAGE, StopIteration):
+            first = opened.file.iter_batches(_MEASURED_ROWS, row_groups=[group], columns=list(names), use_threads=False)
+            batch = next(first)
+            values = (value for column in batch.columns for value in column.to_pylist())
+            mean = max(mean, sum(map(_text_bytes, values)) / len(batch))
+        except (*_DAMAGE, ImportError, StopIteration, ZeroDivisionError):
             LOGGER.debug("row group %d: its first rows cannot be measured", group)
     return max(1.0, mean)
 
@@ -254,15 +272,15 @@ _OPEN = threading.local()
 
 
 def _records(source: Source, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[str, Any]]:
+    names = spec.columns.names()
     try:
-        file = _open(source)
+        opened = _open(source, _body(spec))
     except _DAMAGE as error:
         raise _Unreadable(_short(error)) from error
-    names = spec.columns.names()
-    _check_schema(source.url, file.schema_arrow, spec)
+    _check_schema(source.url, opened.schema, spec)
     row, end, group_start = unit.row_start, unit.row_start + unit.row_count, 0
-    for group in range(file.metadata.num_row_groups):
-        group_end = group_start + file.metadata.row_group(group).num_rows
+    for group in range(len(opened.groups)):
+        group_end = group_start + opened.groups[group].rows
         if group_start < end and group_end > row:
             key = (source.url, unit.source_fingerprint, group, names)
             first = row - group_start
@@ -270,7 +288,7 @@ def _records(source: Source, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[st
             cursor: _Cursor | None = getattr(_OPEN, "cursor", None)
             _OPEN.cursor = None
             if cursor is None or cursor.key != key or cursor.next_row > first:
-                cursor = _Cursor(key, _batches(file, group, names))
+                cursor = _Cursor(key, _batches(opened, group, names, _body(spec)))
             try:
                 for batch in cursor.take(first, last):
                     row += len(batch)
@@ -284,9 +302,9 @@ def _records(source: Source, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[st
         group_start = group_end
 
 
-def _batches(file: pq.ParquetFile, group: int, names: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    size = min(_MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(file, group, names))))
-    return file.iter_batches(size, row_groups=[group], columns=list(names), use_threads=False)
+def _batches(opened: _File, group: int, names: tuple[str, ...], body: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    size = min(_MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(opened, group, body))))
+    return opened.file.iter_batches(size, row_groups=[group], columns=list(names), use_threads=False)
 
 
 class _Unconvertible:

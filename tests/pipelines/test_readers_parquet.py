@@ -1,0 +1,241 @@
+"""Parquet: row ranges, column types, damage."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import io
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.readers import parquet, read_unit
+from schemas.errors import InputError, SourceChanged
+from schemas.sample import Row
+from schemas.spec import CorpusColumns
+from tests.pipelines.reading import outcome, put, read, scan, scan_and_read, spec
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def encode(table: pa.Table, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **{"write_page_checksum": True, "compression": "none", **options})
+    return sink.getvalue()
+
+
+def texts(count: int) -> list[str]:
+    return [f"row {row} {uuid.UUID(int=row).hex}" for row in range(count)]
+
+
+def test_units_are_whole_row_groups_that_fit_and_pieces_of_those_that_do_not(root: str) -> None:
+    # A text has 38 or 39 bytes and Parquet's own 4, and a group its headers, so a row is a little more than 11 tokens; groups of 20 rows
+    # are about 230.
+    put(root, "a.parquet", encode(pa.table({"text": texts(100)}), row_group_size=20, use_dictionary=False))
+    counts = {
+        size: [unit.row_count for unit in scan(root, "a.parquet", spec(unit_tokens=size))[0]]
+        for size in (100_000, 600, 100, 1)
+    }
+    assert counts[100_000] == [100]
+    assert counts[600] == [40, 40, 20]
+    assert counts[100] == [8, 8, 4] * 5
+    assert counts[1] == [1] * 100
+    whole = scan_and_read(root, "a.parquet", spec())
+    assert [outcome(item) for item in whole] == texts(100)
+    for size in counts:
+        plan = spec(unit_tokens=size)
+        units, _ = scan(root, "a.parquet", plan)
+        assert size == 1 or max(unit.estimated_tokens for unit in units) <= size
+        assert read(root, units, plan) == whole
+        for unit in reversed(units):
+            assert list(read_unit(root, unit, plan)) == whole[unit.row_start : unit.row_start + unit.row_count]
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_tokens_are_about_a_quarter_of_the_bytes_of_the_text(root: str, dictionary: bool) -> None:
+    # 3 texts, 900 times: dictionary encoding would count them once.
+    body = ["x" * 400, "y" * 800, "z" * 1200] * 900
+    put(root, "a.parquet", encode(pa.table({"text": body, "other": ["o" * 5000] * 2700}), use_dictionary=dictionary))
+    tokens = sum(unit.estimated_tokens for unit in scan(root, "a.parquet", spec())[0])
+    # Parquet adds 4 bytes to a string of 800; the first 64 rows that are measured have 21 or 22 of each text.
+    assert tokens == pytest.approx(800 * 2700 / 4, rel=0.02)
+
+
+def test_a_large_row_group_is_decoded_once_by_a_worker_that_reads_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(str(tmp_path), "a.parquet", encode(pa.table({"text": texts(5000)})))
+    plan = spec(unit_tokens=1000)
+    units, _ = scan(str(tmp_path), "a.parquet", plan)
+    assert len(units) > 20
+    opened = []
+    original = parquet._batches
+    monkeypatch.setattr(parquet, "_batches", lambda *args: opened.append(args) or original(*args))
+    read(str(tmp_path), units, plan)
+    assert len(opened) == 1
+    list(read_unit(str(tmp_path), units[3], plan))
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_string_types(root: str, kind: pa.DataType) -> None:
+    column = pa.array(["a", "", " b\0 ", None, "a"])
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    put(root, "a.parquet", encode(pa.table({"text": column})))
+    assert [outcome(item) for item in scan_and_read(root, "a.parquet", spec())] == [
+        "a",
+        "",
+        " b\0 ",
+        "!wrong_type",
+        "a",
+    ]
+
+
+def test_values_that_json_has_not_are_strings(root: str) -> None:
+    table = pa.table(
+        {
+            "text": ["t", "t"],
+            "id": pa.array([2**63 + 1, 5], pa.uint64()),
+            "d": [decimal.Decimal("1.50"), None],
+            "bytes": [b"abc", b"\xff\x00"],
+            "day": [datetime.date(2020, 1, 2), None],
+            "ns": pa.array([1_000_000_007, None], pa.timestamp("ns")),
+            "far": pa.array([2**45, None], pa.timestamp("ms")),
+            "span": [datetime.timedelta(seconds=1), None],
+            "nan": [float("nan"), float("inf")],
+            "map": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
+            "struct": [{"z": 1, "a": b"x"}, None],
+        }
+    )
+    put(root, "a.parquet", encode(table))
+    keep = tuple(name for name in table.column_names if name not in ("text", "id", "d"))
+    items = scan_and_read(root, "a.parquet", spec(columns=CorpusColumns(id="id", domain="d", keep=keep)))
+    assert [(item.source_id, item.domain) for item in items] == [("9223372036854775809", "1.50"), ("5", "")]
+    assert items[0].extra.startswith('{"bytes":"abc","day":"2020-01-02","far":"3084-12-12 12:41:28.832","map"')
+    assert '"map":[["k",1]],"nan":null,"ns":"1970-01-01 00:00:01.000000007"' in items[0].extra
+    assert items[0].extra.endswith('"struct":{"a":"x","z":1}}')
+    assert '"bytes":"ff00","day":null' in items[1].extra
+
+
+def test_prompts_and_messages(root: str) -> None:
+    turns = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+        [],
+        [{"role": "user", "content": None}],
+        None,
+    ]
+    table = pa.table({"q": ["a", "b", None, "d"], "a": ["1", "2", "3", "4"], "m": turns})
+    put(root, "a.parquet", encode(table))
+    items = scan_and_read(root, "a.parquet", spec(columns=CorpusColumns(prompt="q", completion="a")))
+    assert [(item.prompt, item.completion) for item in items if isinstance(item, Row)] == [
+        ("a", "1"),
+        ("b", "2"),
+        ("d", "4"),
+    ]
+    items = scan_and_read(root, "a.parquet", spec(columns=CorpusColumns(messages="m")))
+    assert [item.messages if isinstance(item, Row) else item.reason for item in items] == [
+        turns[0],
+        [],
+        "wrong_type",
+        "wrong_type",
+    ]
+
+
+def test_columns_that_cannot_be_read_are_errors_of_the_plan(root: str) -> None:
+    put(root, "a.parquet", encode(pa.table({"body": ["x"], "n": [1], "raw": [b"x"], "m": [["x"]]})))
+    with pytest.raises(InputError, match=r"a\.parquet: no column 'text'; it has: body, m, n, raw.*--text-column"):
+        scan(root, "a.parquet", spec())
+    for columns in (
+        CorpusColumns(text="body", id="x"),
+        CorpusColumns(text="body", domain="x"),
+        CorpusColumns(text="body", keep=("x",)),
+    ):
+        with pytest.raises(InputError, match="no column 'x'"):
+            scan(root, "a.parquet", spec(columns=columns))
+    for name in ("n", "raw"):
+        with pytest.raises(InputError, match=f"column '{name}' is .*not text"):
+            scan(root, "a.parquet", spec(columns=CorpusColumns(text=name)))
+    with pytest.raises(InputError, match=r"not a list of \{role"):
+        scan(root, "a.parquet", spec(columns=CorpusColumns(messages="m")))
+
+
+def test_a_column_that_stands_twice_is_an_error_of_the_plan(root: str) -> None:
+    put(root, "a.parquet", encode(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])))
+    with pytest.raises(InputError, match="stands twice"):
+        scan(root, "a.parquet", spec())
+
+
+def test_limit_and_row_bound(root: str) -> None:
+    put(root, "a.parquet", encode(pa.table({"text": ["x" * n for n in range(50)]}), row_group_size=10))
+    items = scan_and_read(root, "a.parquet", spec(limit=25, unit_tokens=20, max_row_bytes=20))
+    assert [outcome(item) for item in items] == ["x" * n if n <= 20 else "!row_too_large" for n in range(25)]
+
+
+def test_text_that_is_not_utf8_costs_its_row(root: str) -> None:
+    raw = pa.array([b"good", b"\xff\xfe", b"also"])
+    bad = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    put(root, "a.parquet", encode(pa.table({"text": bad})))
+    assert [outcome(item) for item in scan_and_read(root, "a.parquet", spec())] == ["good", "!invalid_utf8", "also"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"PAR1", b"no parquet at all" * 9, b"x" * 50 + b"\xff\xff\xff\x7fPAR1", b"y" * 30 + b"\x08\0\0\0PAR1"]
+)
+def test_a_file_that_cannot_be_opened_is_one_reject_and_a_warning(root: str, body: bytes) -> None:
+    put(root, "a.parquet", body)
+    units, warnings = scan(root, "a.parquet", spec())
+    assert [unit.row_count for unit in units] == [1]
+    assert "not a readable Parquet file" in warnings[0]
+    assert [outcome(item) for item in read(root, units, spec())] == ["!unreadable_file"]
+    put(root, "a.parquet", body + b"more")
+    with pytest.raises(SourceChanged):
+        list(read_unit(root, units[0], spec()))
+
+
+def test_a_truncated_file_is_one_reject(root: str) -> None:
+    data = encode(pa.table({"text": texts(100)}))
+    put(root, "a.parquet", data[:-1])
+    assert [outcome(item) for item in scan_and_read(root, "a.parquet", spec())] == ["!unreadable_file"]
+
+
+def test_damaged_pages_reject_the_rows_behind_them_however_units_are_cut(root: str) -> None:
+    body = texts(4000)
+    data = bytearray(encode(pa.table({"text": body}), row_group_size=2000, use_dictionary=False, data_page_size=4096))
+    at = data.index(body[1000].encode())
+    data[at] ^= 1
+    put(root, "a.parquet", bytes(data))
+    whole = scan_and_read(root, "a.parquet", spec())
+    # One unit: nothing behind the page can be placed.
+    good = [item for item in whole if isinstance(item, Row)]
+    assert [item.text for item in good] == body[: len(good)]
+    assert 0 <= len(good) <= 1000
+    assert all(outcome(item) == "!damaged" for item in whole[len(good) :])
+    plan = spec(unit_tokens=1000)
+    cut = read(root, scan(root, "a.parquet", plan)[0], plan)
+    # Smaller units: the second row group is sound again.
+    assert [outcome(item) for item in cut[2000:]] == body[2000:]
+    assert outcome(cut[1000]) == outcome(cut[1999]) == "!damaged"
+    assert [outcome(item) for item in cut[: len(good)]] == body[: len(good)]
+
+
+def test_a_replaced_file_is_named(root: str) -> None:
+    put(root, "a.parquet", encode(pa.table({"text": texts(100)})))
+    units, _ = scan(root, "a.parquet", spec())
+    put(root, "a.parquet", encode(pa.table({"text": texts(101)})))
+    with pytest.raises(SourceChanged, match=r"a\.parquet differs from the plan \(its size or footer\).*--extend"):
+        list(read_unit(root, units[0], spec()))
+
+
+def test_no_rows(root: str) -> None:
+    put(root, "a.parquet", encode(pa.table({"text": pa.array([], pa.string())})))
+    units, warnings = scan(root, "a.parquet", spec())
+    assert units == []
+    assert "holds no row" in warnings[0]
