@@ -155,9 +155,8 @@ class RankedStream(IterableDataset):
         fs, path = filesystem(where)
         spans = [shard.offsets[rank - shard.rank_first] for rank in ranks]
         try:
-            bodies = fs.cat_ranges(
-                [path] * len(spans), [start for start, _ in spans], [start + n for start, n in spans]
-            )
+            starts, ends = [start for start, _ in spans], [start + size for start, size in spans]
+            bodies = fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")
         except FileNotFoundError as error:
             raise CorruptFile(f"{where} is listed in the index but missing; run `lehr export` again") from error
         except OSError as error:

@@ -58,3 +58,19 @@ def adamw_step(theta, gradient, first, second, t, lr, beta1, beta2, eps, decay):
     m_hat = first / (1 - beta1**t)
     v_hat = second / (1 - beta2**t)
     return theta - lr * decay * theta - lr * m_hat / (np.sqrt(v_hat) + eps), first, second
+
+
+def sample_gradients(model, encoded):  # type: ignore[no-untyped-def]
+    """Dense gradients of one sample's summed loss for every parameter, and that loss: plain autograd, one sample, no padding."""
+    import torch
+
+    ids = torch.tensor([encoded.ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    total = 0.0
+    for position in range(1, len(encoded.ids)):
+        if encoded.loss_mask[position]:
+            total = total - torch.log_softmax(logits[position - 1], 0)[encoded.ids[position]]
+    names, parameters = zip(*model.named_parameters())
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
+    return dict(zip(names, filled)), float(total.detach())

@@ -1,0 +1,326 @@
+"""One step: the gradient it applies, the geometry it chooses by, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.errors import InputError, LehrError
+from selection_ops.encoding import Encoded, Encoder
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import Candidates, Decision
+from tests.reference.online import sample_gradients
+from tests.tiny import MODELS, tiny_llama, tiny_tokenizer
+from tests.trainer.streams import ENCODING, texts
+from trainer.step import Candidate, OnlineStep, StepResult
+
+
+@dataclasses.dataclass
+class Fixed:
+    """A policy that keeps what it was told, with the weights it was told."""
+
+    kept: tuple[int, ...]
+    weights: tuple[float, ...]
+    needs_sketches: bool = False
+
+    def choose(self, candidates: Candidates) -> Decision:
+        reasons = ("",) * len(candidates.sample_ids)
+        return Decision(kept=self.kept, weight_S=torch.tensor(self.weights, dtype=torch.float64), reasons=reasons)
+
+
+def encoded(count: int, seed: int = 0) -> list[Encoded]:
+    encoder = Encoder(tiny_tokenizer(), ENCODING)
+    return [encoder.encode(text, ((len(text) // 4, len(text)),)) for text in texts(count, seed=seed, low=4)]
+
+
+def offer(count: int = 6, seed: int = 0, weights: tuple[float, ...] = ()) -> list[Candidate]:
+    return [
+        Candidate(
+            sample_id=f"id-{i}", encoded=item, position=i, rank=i, selection_weight=weights[i] if weights else 1.0
+        )
+        for i, item in enumerate(encoded(count, seed))
+    ]
+
+
+class WideNorm(torch.nn.Module):
+    """RMS normalisation in the model's own width: transformers' takes it in float32, whose rounding float64 would show."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def trainable(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    model = MODELS[kind](dtype=dtype, seed=seed).requires_grad_(True)
+    if dtype == torch.float64:
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                model.set_submodule(name, WideNorm(module.weight))
+    return model
+
+
+def applied_gradient(model: Any, online: OnlineStep, candidates: list[Candidate]) -> dict[str, torch.Tensor]:
+    """What plain SGD at rate 1 moves: minus the gradient that the step handed to the optimizer."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    online.step(candidates)
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+@pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
+def test_weighted_gradient_is_the_weighted_sum_of_dense_gradients(kind: str, batch_tokens: int) -> None:
+    """For every parameter, sum_i w_i g_i / sum_i w_i n_i, however the step is cut into batches."""
+    model = trainable(kind)
+    candidates = offer()
+    kept, weights = (4, 0, 3), (0.5, 2.0, 0.25)
+    parts = [sample_gradients(model, candidates[i].encoded) for i in kept]
+    normaliser = sum(w * candidates[i].loss_tokens for i, w in zip(kept, weights))
+    online = OnlineStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        Fixed(kept, weights),
+        clip=0.0,
+        batch_tokens=batch_tokens,
+        dtype="float64",
+        selection_weights=False,
+    )
+    found = applied_gradient(model, online, candidates)
+    for name, gradient in found.items():
+        true = sum(w * part[name] for w, (part, _) in zip(weights, parts)) / normaliser
+        # float64: 1e-10 of the tensor's norm (contractions of some hundred terms of 1e-16); the parameter itself, of
+        # norm up to 20, is subtracted from itself, which leaves 20 * 1e-16 absolute.
+        assert float((gradient - true).norm()) <= 1e-10 * float(torch.as_tensor(true).norm()) + 1e-13, name
+
+
+def oracle_geometry(model: Any, online: OnlineStep, candidates: list[Candidate], target: list[Encoded]) -> Any:
+    """K, b and u'u from dense gradients, the optimizer's state and the engine's projection matrices, as printed."""
+    assert online._engine is not None
+    target_parts = [sample_gradients(model, item)[0] for item in target]
+    tokens = sum(sum(item.loss_mask) for item in target)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rows: list[list[np.ndarray]] = [[] for _ in candidates]
+    direction: list[np.ndarray] = []
+    gradients = [sample_gradients(model, item.encoded)[0] for item in candidates]
+    for site in online._engine._sites:
+        name = names[id(site.module.weight)]
+        p_out, p_in = site.out_OR.T.numpy(), site.in_IR.T.numpy()
+        turned = type(site.module).__name__ == "Conv1D"
+
+        def sketch(gradient: np.ndarray, p_out: Any = p_out, p_in: Any = p_in, turned: bool = turned) -> np.ndarray:
+            return (p_out @ (gradient.T if turned else gradient) @ p_in.T).ravel()
+
+        for row, gradient in zip(rows, gradients):
+            row.append(sketch(gradient[name].numpy()))
+        v = sum(part[name] for part in target_parts).numpy() / tokens
+        state = online.optimizer.state.get(site.module.weight)
+        if state and int(state["step"]) >= 2 and online.metric.name == "target":
+            t, second = int(state["step"]) + 1, state["exp_avg_sq"].numpy()
+            root = np.sqrt(second / (1 - 0.99 ** (t - 1)))
+            root = np.maximum(root, 0.01 * np.sqrt(np.mean(root**2)))
+            v = (1 - 0.8) / (1 - 0.8**t) / (root + 1e-6) * v
+        direction.append(sketch(v))
+    z, u = np.stack([np.concatenate(row) for row in rows]), np.concatenate(direction)
+    return z @ z.T, z @ u, float(u @ u)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
+@pytest.mark.parametrize("metric", ["target", "sgd"])
+def test_geometry_is_that_of_dense_gradients_under_the_live_state(kind: str, metric: str) -> None:
+    """Warm-up first: two steps by `sgd`, then the metric asked for; K, b and the scale of u at every step."""
+    model = trainable(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.99), eps=1e-6)
+    online = OnlineStep(
+        model,
+        optimizer,
+        options=PolicyOptions(n_keep=3, metric=metric),
+        proj_rank=4,
+        warmup_select=2,
+        dtype="float64",
+        batch_tokens=40,
+    )
+    acted = []
+    for step in range(4):
+        candidates, target = offer(5, seed=10 * step), encoded(3, seed=10 * step + 1)
+        gram, align, square = oracle_geometry(model, online, candidates, target)
+        result = online.step(candidates, target)
+        assert result.geometry is not None
+        acted.append(result.metric)
+        # float64 throughout; contractions of at most some thousand terms: 1e-10 of the largest entry.
+        assert np.abs(result.geometry.gram_NN.numpy() - gram).max() <= 1e-10 * np.abs(gram).max()
+        assert np.abs(result.geometry.align_N.numpy() - align).max() <= 1e-10 * np.abs(align).max()
+        assert result.geometry.target_square == pytest.approx(square, rel=1e-10)
+    assert acted == (["sgd", "sgd", "target", "target"] if metric == "target" else ["sgd"] * 4)
+
+
+def test_losses_are_those_before_the_update() -> None:
+    model = trainable()
+    candidates, target = offer(), encoded(3, seed=5)
+    losses = [sample_gradients(model, item.encoded)[1] for item in candidates]
+    target_loss = sum(sample_gradients(model, item)[1] for item in target) / sum(sum(item.loss_mask) for item in target)
+    online = OnlineStep(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.1),
+        options=PolicyOptions(n_keep=2),
+        dtype="float64",
+        proj_rank=4,
+    )
+    result = online.step(candidates, target)
+    # float64 sums of some ten logarithms.
+    assert result.sample_loss_N == pytest.approx(losses, rel=1e-11)
+    assert result.target_loss == pytest.approx(target_loss, rel=1e-11)
+    weighted = sum(weight * loss for weight, loss in zip(result.weight_N, losses))
+    normaliser = sum(w * item.loss_tokens for w, item in zip(result.weight_N, candidates))
+    assert result.loss == pytest.approx(weighted / normaliser, rel=1e-11)
+
+
+def test_keeps_what_resembles_the_target() -> None:
+    """Candidates drawn like the target against candidates of other words, 8 each, keep 8: chance would keep 4 of the kind."""
+    encoder = Encoder(tiny_tokenizer(), ENCODING)
+    kind = [encoder.encode(text, ((0, len(text)),)) for text in ["glass is heated annealed and slowly cooled"] * 8]
+    other = [encoder.encode(text, ((0, len(text)),)) for text in [f"{i}{i} 7%&{i} #@! {i}" for i in range(8)]]
+    candidates = [Candidate(sample_id=str(i), encoded=item) for i, item in enumerate([*other, *kind])]
+    model = tiny_llama(dtype=torch.float64).requires_grad_(True)
+    for filter_score in ("decrease", "residual"):
+        online = OnlineStep(
+            copy.deepcopy(model),
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            options=PolicyOptions(n_keep=8, metric="sgd", filter_score=filter_score),
+            dtype="float64",
+        )
+        result = online.step(candidates, kind[:2])
+        assert sum(index >= 8 for index in result.decision.kept) >= len(result.decision.kept) - 2
+        assert result.decision.diagnostics is not None
+        assert result.decision.diagnostics.update_target_cosine > 0.5
+
+
+def one_step(**changes: Any) -> tuple[Any, StepResult]:
+    """A step of a fresh model under default options, changed by `changes`."""
+    model = trainable()
+    weights = tuple(changes.pop("candidate_weights", ()))
+    settings = {"options": PolicyOptions(n_keep=3), "dtype": "float64", "proj_rank": 4, **changes}
+    policy = settings.pop("policy", "full")
+    online = OnlineStep(model, torch.optim.SGD(model.parameters(), lr=1.0), policy, **settings)
+    return model, online.step(offer(weights=weights), encoded(2, seed=9))
+
+
+def test_clip_bounds_the_norm_and_zero_never_clips() -> None:
+    free, tight = one_step(clip=0.0)[1], one_step(clip=0.01)[1]
+    assert free.clip_factor == 1.0
+    assert tight.grad_norm == pytest.approx(free.grad_norm, rel=1e-12)
+    assert tight.clip_factor == pytest.approx(0.01 / (free.grad_norm + 1e-6), rel=1e-12)
+    still = trainable()
+    moved = [p.detach() - q.detach() for p, q in zip(one_step(clip=0.01)[0].parameters(), still.parameters())]
+    # The update of SGD at rate 1 has the norm that clipping left: float64, and the constant 1e-6 beside the norm.
+    assert float(torch.cat([m.flatten() for m in moved]).norm()) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_selection_weights_multiply_and_can_be_switched_off() -> None:
+    given = (1.0, 2.0, 1.0, 1.0, 4.0, 3.0)
+    on = one_step(candidate_weights=given)[1]
+    assert on.weight_N == pytest.approx([w / 2 for w in given], rel=1e-15)
+    off = one_step(candidate_weights=given, selection_weights=False)[1]
+    assert off.weight_N == (1.0,) * 6
+    assert off.loss != on.loss
+
+
+def test_token_limit_is_never_exceeded_and_nothing_steps_where_nothing_fits() -> None:
+    model = trainable()
+    before = [p.detach().clone() for p in model.parameters()]
+    online = OnlineStep(model, torch.optim.SGD(model.parameters(), lr=1.0), "full", dtype="float64")
+    candidates = offer()
+    result = online.step(candidates, token_limit=min(item.tokens for item in candidates) - 1)
+    assert not result.applied
+    assert online.steps_taken == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert online.step(candidates, token_limit=20).trained_tokens <= 20
+
+
+@pytest.mark.parametrize("policy", ["full", "filter-then-weight"])
+def test_a_sample_without_finite_loss_is_named_and_nothing_moves(policy: str) -> None:
+    """One token's embedding is NaN; it stands in one candidate alone."""
+    model = trainable()
+    candidates = offer()
+    counts = [{*item.encoded.ids} for item in candidates]
+    poison = next(t for t in sorted(counts[2]) if not any(t in other for i, other in enumerate(counts) if i != 2))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = float("nan")
+    before = [p.detach().clone() for p in model.parameters()]
+    online = OnlineStep(model, torch.optim.AdamW(model.parameters()), policy, dtype="float64", proj_rank=4)
+    target = [Encoded(ids=[5, 6, 7], loss_mask=[False, True, True])]
+    with pytest.raises(LehrError, match=r"step 1: .*not finite.*id-2\. ") as caught:
+        online.step(candidates, target)
+    assert "id-1" not in str(caught.value)
+    assert all(
+        torch.equal(
+            p,
+            q,
+        )
+        or torch.isnan(q).any()
+        for p, q in zip(model.parameters(), before)
+    )
+    assert not online.optimizer.state
+
+
+def test_infinite_gradient_is_an_error() -> None:
+    model = trainable()
+    online = OnlineStep(model, torch.optim.SGD(model.parameters(), lr=1.0), Fixed((0,), (1.0,)), dtype="float64")
+    parameter = model.lm_head.weight
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(LehrError, match=r"step 1: norm of the gradient .*id-0"):
+        online.step(offer())
+
+
+def test_metric_target_says_that_it_needs_adamw() -> None:
+    model = trainable()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    online = OnlineStep(model, optimizer, dtype="float64", proj_rank=4)
+    online.step(offer(), encoded(2))
+    with pytest.raises(InputError, match=r"needs the second moment of AdamW, and SGD keeps none; use metric sgd"):
+        online.step(offer(), encoded(2))
+
+
+def test_a_policy_that_compares_needs_a_target() -> None:
+    model = trainable()
+    online = OnlineStep(model, torch.optim.AdamW(model.parameters()), dtype="float64", proj_rank=4)
+    with pytest.raises(InputError, match="target samples"):
+        online.step(offer())
+    with pytest.raises(InputError, match="at least one candidate"):
+        online.step([])
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    """Its forwards, modes of gradient and hooks are the user's own again after a step."""
+    model = trainable()
+    online = OnlineStep(model, torch.optim.AdamW(model.parameters()), dtype="float64", proj_rank=4)
+    online.step(offer(), encoded(2))
+    assert all(p.requires_grad for p in model.parameters())
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """Autocast over float32 weights: relative rounding 2^-9 a product, some twenty in a row: 10 % bounds the loss's and
+    the norm's difference."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        model = trainable(dtype=torch.float32)
+        online = OnlineStep(
+            model, torch.optim.AdamW(model.parameters()), options=PolicyOptions(n_keep=6), dtype=dtype, proj_rank=4
+        )
+        result = online.step(offer(), encoded(2))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert result.geometry is not None
+        found.append((result.loss, result.target_loss, result.geometry.gram_NN.diagonal()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.1)
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.1)
+    assert found[0][0] != found[1][0]
+    assert float((found[0][2] - found[1][2]).norm() / found[0][2].norm()) < 0.1
