@@ -39,12 +39,22 @@ class Part:
     sha256: str
 
 
+def _without_reader_notes(table: pa.Table) -> pa.Table:
+    """The table without what a Parquet reader adds to a schema, so that a table read back is written as the same bytes."""
+    fields = [
+        field.with_metadata({k: v for k, v in (field.metadata or {}).items() if not k.startswith(b"PARQUET:")})
+        for field in table.schema
+    ]
+    return pa.Table.from_arrays(table.columns, schema=pa.schema(fields))
+
+
 def encode_table(table: pa.Table, footer: Footer) -> bytes:
     """Bytes of a Parquet file; equal tables and footers give equal bytes with one version of pyarrow.
 
     Vectors are byte-stream split (1.77 bytes per float16 after zstd), everything else is dictionary encoded; pages carry
     checksums because readers are silent about flipped bits otherwise.
     """
+    table = _without_reader_notes(table)
     vectors = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
     plain = [field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_map(field.type)]
     sink = pa.BufferOutputStream()

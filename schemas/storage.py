@@ -118,9 +118,9 @@ def write_whole(url: str, data: bytes, *, create_only: bool = False) -> None:
             _write_local(Path(path), data, create_only)
         else:
             _write_object(fs, path, data, create_only)
-    except FileExistsError:
-        raise
     except OSError as error:
+        if create_only and isinstance(error, FileExistsError):
+            raise
         raise _cannot("write", url, error) from error
 
 
