@@ -130,11 +130,10 @@ class _Guard:
         rest = round(self.left) - 1 if feasible.equality else 0
         if rest <= 0:
             return cost_m <= room
-        # The cheapest way to fill the rest; a row that belongs to it makes place for the next cheapest.
-        cheap = order[self.free[order]][: rest + 1]
-        with_rest = np.full(len(cost_m), float(cost_m[cheap[:rest]].sum()))
-        with_rest += cost_m
-        with_rest[cheap] = float(cost_m[cheap].sum())
+        # The cheapest way to fill the rest. A row that belongs to it is always affordable, and counting it twice gives
+        # at most what the row after them would cost, so it is not refused either.
+        cheap = order[self.free[order]][:rest]
+        with_rest = cost_m + float(cost_m[cheap].sum())
         # Equal sums in another order differ by roundings; the last word has `within_limit`.
         return with_rest <= room + 1e-12 * feasible.limit
 

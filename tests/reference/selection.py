@@ -26,6 +26,7 @@ def linear_program(
         rows.append(cost)
         bounds.append(limit)
     if group is not None:
+        assert caps is not None and floors is not None
         for code in range(len(caps)):
             member = np.where(group == code, size, 0.0)
             if np.isfinite(caps[code]):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import curvature_columns
 from selection_ops.selectors import Budget, SelectorSettings, known_selectors, select
 from tests.reference import selection as exact
-from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, world
+from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, unit_rows, world
 
 ALONE = {"two_fold": False, "bound": False}
 
@@ -17,7 +18,7 @@ def run(candidates, geometry, budget, **settings):
 
 
 def expected_scores(candidates, target) -> dict[str, np.ndarray]:
-    unit = candidates.unit_NK.double().numpy()
+    unit = unit_rows(candidates).double().numpy()
     norm = candidates.norm_N.astype(float)
     mean = target.mean(axis=0)
     columns = exact.dense_columns(unit, target, energy=0.945, floor=1e-6)
@@ -78,7 +79,7 @@ def test_random_depends_on_seed_and_id_alone() -> None:
 @pytest.mark.parametrize("selector", sorted(set(known_selectors()) - {"match", "direct"}))
 def test_rankings_read_scalar_columns_only(selector: str) -> None:
     candidates, geometry, _ = world()
-    columns = curvature_columns(candidates.unit_NK, candidates.norm_N, geometry)
+    columns: dict[str, Any] = curvature_columns(unit_rows(candidates), candidates.norm_N, geometry)
     scalars = replace(candidates, unit_NK=None, **columns)
     settings = {"selector": selector, "if_infeasible": "raise"}
     first = run(replace(candidates, **columns), geometry, Budget(samples=30), **settings)

@@ -5,7 +5,7 @@ import torch
 from selection_ops.curvature import describe_target
 from selection_ops.selectors import Budget, SelectorSettings, effective_rank, known_selectors, select, set_cosine
 from tests.reference import selection as exact
-from tests.selection_ops.selectors.worlds import candidate_set, full_rows, world
+from tests.selection_ops.selectors.worlds import candidate_set, full_rows, unit_rows, world
 
 
 def run(candidates, geometry, budget, **settings):
@@ -17,11 +17,11 @@ def test_set_cosine_is_that_of_the_weighted_sum() -> None:
     rng = np.random.default_rng(0)
     index, weights = rng.permutation(300)[:50], rng.random(50)
     rows = full_rows(candidates)[index] * weights[:, None]
-    found = set_cosine(candidates.unit_NK, candidates.norm_N, index, weights, geometry.mean_K)
+    found = set_cosine(unit_rows(candidates), candidates.norm_N, index, weights, geometry.mean_K)
     # 50 float32 products a coordinate: 50 eps.
     assert found == pytest.approx(exact.cosine(rows, geometry.mean_K.numpy()), abs=6e-6)
-    assert set_cosine(candidates.unit_NK, candidates.norm_N, index[:0], weights[:0], geometry.mean_K) == 0.0
-    assert set_cosine(candidates.unit_NK, candidates.norm_N, index, weights, torch.zeros(48)) == 0.0
+    assert set_cosine(unit_rows(candidates), candidates.norm_N, index[:0], weights[:0], geometry.mean_K) == 0.0
+    assert set_cosine(unit_rows(candidates), candidates.norm_N, index, weights, torch.zeros(48)) == 0.0
 
 
 @pytest.mark.parametrize("name", known_selectors())
@@ -34,7 +34,7 @@ def test_every_selection_is_judged_alike(name: str, budget: Budget) -> None:
     assert report["set_cosine"] == pytest.approx(cosine, abs=1e-5)
     assert cosine <= report["set_cosine_bound"] <= 1.0
     assert len(report["set_cosine_heldout_folds"]) == 2
-    unit = candidates.unit_NK.double().numpy()[found.order_n]
+    unit = unit_rows(candidates).double().numpy()[found.order_n]
     gram = unit @ unit.T
     assert report["effective_rank"] == pytest.approx(np.trace(gram) ** 2 / (gram**2).sum(), rel=1e-4)
     share = (candidates.domain[found.order_n] == "a").mean()

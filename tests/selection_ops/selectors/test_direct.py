@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import curvature_columns, describe_target
 from selection_ops.selectors import Budget, SelectorSettings, select
 from tests.reference import selection as exact
-from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, world
+from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, unit_rows, world
 
 ALONE = {"two_fold": False, "bound": False}
 BOTH = ["direct", "direct-signed"]
@@ -20,7 +21,7 @@ def run(candidates, geometry, budget, **settings):
 
 
 def costs(candidates, target, *, published: bool, rows: str) -> np.ndarray:
-    dense = exact.dense_columns(candidates.unit_NK.double().numpy(), target, energy=0.945, floor=1e-6)
+    dense = exact.dense_columns(unit_rows(candidates).double().numpy(), target, energy=0.945, floor=1e-6)
     cost = dense["stiff_cost_empirical" if published else "stiff_cost"]
     return cost * (candidates.norm_N.astype(float) ** 2 if rows == "sum" else 1.0)
 
@@ -73,6 +74,18 @@ def test_the_published_objective_never_falls(budget: Budget, seed: int) -> None:
     assert found.certificate["objective"] > flat_objective(rows[random.order_n], target)
 
 
+def test_the_first_round_is_linearised_at_equal_weights() -> None:
+    candidates, geometry, target = world(seed=2)
+    found = run(candidates, geometry, Budget(samples=25), selector="direct", stiff_limit=1e6)
+    rows = full_rows(candidates)
+    _, vectors, k_star = exact.dense_spectrum(target, centred=False, energy=0.945, floor=1e-6)
+    total = rows.sum(axis=0) * 25 / 300
+    total = total - vectors[:, :k_star] @ (vectors[:, :k_star].T @ total)
+    start, first = found.certificate["objective_per_iteration"][:2]
+    assert start == pytest.approx(48 * total @ total, rel=1e-5)
+    assert first == pytest.approx(flat_objective(rows[np.argsort(-rows @ total)[:25]], target), rel=1e-5)
+
+
 def test_the_published_set_is_a_local_optimum_of_its_linearisation() -> None:
     candidates, geometry, target = world(seed=1)
     found = run(candidates, geometry, Budget(samples=25), selector="direct", stiff_limit=0.6)
@@ -84,7 +97,7 @@ def test_the_published_set_is_a_local_optimum_of_its_linearisation() -> None:
     cost = costs(candidates, target, published=True, rows="sum")
     best = exact.linear_program(price, np.ones(300), 25.0, equality=True, cost=cost, limit=found.certificate["limit"])
     # Rounding moves one of 25 rows, which moves the linearisation by about 1/25.
-    assert price[found.order_n].sum() >= best * (1 - 2 / 25)
+    assert best is not None and price[found.order_n].sum() >= best * (1 - 2 / 25)
 
 
 def test_restarts_never_lose() -> None:
@@ -110,7 +123,7 @@ def test_signed_mode_solves_its_linear_program(gain: str, rows: str) -> None:
         "flat+null": mean - stiff @ (stiff.T @ mean),
         "damped": np.linalg.solve(fisher + values.mean() * np.eye(48), mean),
     }[gain]
-    z = full_rows(candidates) if rows == "sum" else candidates.unit_NK.double().numpy()
+    z = full_rows(candidates) if rows == "sum" else unit_rows(candidates).double().numpy()
     cost = costs(candidates, target, published=False, rows=rows)
     spectrum = geometry.centred
     heldout = spectrum.heldout_cost_sum if rows == "sum" else spectrum.heldout_cost_unit
@@ -122,6 +135,7 @@ def test_signed_mode_solves_its_linear_program(gain: str, rows: str) -> None:
         if found.certificate["limit_raised_by"] is None:
             assert limit == pytest.approx(factor * heldout * 30, rel=1e-9)
             expected = exact.linear_program(gains, np.ones(300), 30.0, equality=True, cost=cost, limit=limit)
+            assert expected is not None
             # Gains and costs are float32 dots here: 1e-5 of the value.
             assert found.certificate["objective_per_iteration"][0] == pytest.approx(expected, rel=1e-5)
             assert found.certificate["objective"] <= expected * (1 + 1e-5)
@@ -197,7 +211,7 @@ def test_few_targets_are_refused_unless_insisted_on(selector: str) -> None:
 @pytest.mark.parametrize("selector", BOTH)
 def test_stored_columns_and_sketches_give_the_same_selection(selector: str) -> None:
     candidates, geometry, _ = world()
-    columns = curvature_columns(candidates.unit_NK, candidates.norm_N, geometry)
+    columns: dict[str, Any] = curvature_columns(unit_rows(candidates), candidates.norm_N, geometry)
     stored = candidate_set(
         full_rows(candidates),
         unit_NK=candidates.unit_NK,

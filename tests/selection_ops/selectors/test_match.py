@@ -11,7 +11,7 @@ from selection_ops.selectors.match import greedy
 from selection_ops.selectors.relaxed import exact_step
 from selection_ops.selectors.threshold import FeasibleSet
 from tests.reference import selection as exact
-from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, world
+from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, unit_rows, world
 
 MEAN_ONLY = {"two_fold": False}
 
@@ -202,7 +202,7 @@ def test_contrast_pulls_away_from_the_swapped_target() -> None:
 def test_stiff_limit_is_kept_and_costs_objective(budget: Budget, rows: str) -> None:
     candidates, geometry, target = world()
     free = run(candidates, geometry, budget, rows=rows, **MEAN_ONLY)
-    dense = exact.dense_columns(candidates.unit_NK.double().numpy(), target, energy=0.945, floor=1e-6)["stiff_cost"]
+    dense = exact.dense_columns(unit_rows(candidates).double().numpy(), target, energy=0.945, floor=1e-6)["stiff_cost"]
     cost = dense * (candidates.norm_N.astype(float) ** 2 if rows == "sum" else 1.0)
     limit = 0.7 * cost[free.order_n].sum()
     settings = {"rows": rows, "stiff_limit": limit, "stiff_limit_kind": "absolute", **MEAN_ONLY}
@@ -223,6 +223,8 @@ def test_infeasible_limits_stop_or_are_raised() -> None:
     assert found.certificate["cost"] <= found.certificate["limit"]
     assert found.certificate["limit_raised_by"] == pytest.approx(found.certificate["smallest_feasible_limit"] / 1e-3)
     assert any("raised by a factor" in warning for warning in found.diagnostics["warnings"])
+    # Only one set meets the raised limit, and greedy reaches it without help.
+    assert found.certificate["chosen_by"] == "greedy" and found.certificate["greedy_steps"] == 20
 
 
 def test_allow_short_stops_at_the_peak() -> None:
@@ -286,9 +288,9 @@ def test_equal_rows_are_taken_in_the_order_of_ids() -> None:
 def test_rows_may_lie_in_a_memory_mapped_file(tmp_path) -> None:
     candidates, geometry, _ = world(n=1300, seed=2)
     path = tmp_path / "unit.npy"
-    np.save(path, candidates.unit_NK.half().numpy())
+    np.save(path, unit_rows(candidates).half().numpy())
     mapped = torch.from_numpy(np.load(path, mmap_mode="r+"))
-    held = candidates.unit_NK.half()
+    held = unit_rows(candidates).half()
     results = [
         run(candidate_set(full_rows(candidates), unit_NK=unit), geometry, Budget(samples=40), **MEAN_ONLY)
         for unit in (mapped, held)

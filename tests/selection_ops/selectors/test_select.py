@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from selection_ops.selectors import (
     select,
     selector,
 )
-from tests.selection_ops.selectors.worlds import candidate_set, full_rows, world
+from tests.selection_ops.selectors.worlds import candidate_set, full_rows, unit_rows, world
 
 NAMES = known_selectors()
 
@@ -42,7 +43,7 @@ def test_every_selector_meets_the_budget_and_explains_itself(name: str, budget: 
 def test_bad_rows_are_never_chosen(name: str) -> None:
     candidates, geometry, _ = world()
     rows = full_rows(candidates)
-    unit = candidates.unit_NK.clone()
+    unit = unit_rows(candidates).clone()
     unit[3, 5], unit[4, 0] = float("nan"), float("inf")
     norm, loss, grad = candidates.norm_N.copy(), candidates.loss_N.copy(), candidates.grad_norm_N.copy()
     norm[5], loss[6], grad[7] = np.nan, np.nan, np.inf
@@ -104,6 +105,7 @@ def test_inputs_that_cannot_be_used_are_named() -> None:
         run(candidate_set(np.ones((3, 48)), excluded_N=np.full(3, "overlap")), geometry, Budget(samples=3))
     with pytest.raises(InputError, match="3 sample ids but 2 values of domain"):
         candidate_set(np.ones((3, 48)), domain=np.array(["a", "b"]))
+    bad: dict[str, Any]
     for bad in ({}, {"samples": 3, "tokens": 4}, {"samples": 0}, {"tokens": -2}):
         with pytest.raises(InputError):
             Budget(**bad)

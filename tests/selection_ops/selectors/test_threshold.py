@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,7 @@ from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 from tests.reference.selection import linear_program
 
 
-def instance(rng: np.random.Generator) -> tuple[np.ndarray, FeasibleSet]:
+def instance(rng: np.random.Generator) -> tuple[np.ndarray, Any]:
     """Random problems, with ties, zeros, single rows, tight and impossible limits among them."""
     n = int(rng.choice([1, 2, 3, 5, 12, 40, 90]))
     tokens = rng.random() < 0.5
@@ -179,7 +181,7 @@ def test_large_problems_are_solved_in_a_few_sorts() -> None:
     rng = np.random.default_rng(5)
     n = 200_000
     c, cost = rng.normal(size=n), rng.gamma(0.5, size=n)
-    feasible = FeasibleSet(size_n=np.ones(n), budget=n / 10, cost_n=cost, limit=0.1 * cost.mean() * n / 10)
+    feasible: Any = FeasibleSet(size_n=np.ones(n), budget=n / 10, cost_n=cost, limit=0.1 * cost.mean() * n / 10)
     found = solve_threshold(c, feasible)
     assert found.feasible and found.fractional.size <= 2
     # Duality: c.w = mu limit + nu K + sum of positive surpluses, to 1e-10 of the value.

@@ -34,6 +34,12 @@ def candidate_set(z: np.ndarray, *, dtype: torch.dtype = torch.float32, **column
     return CandidateSet(**(values | columns))
 
 
+def unit_rows(candidates: CandidateSet) -> torch.Tensor:
+    """The unit sketches, which a test set always has."""
+    assert candidates.unit_NK is not None
+    return candidates.unit_NK
+
+
 def permuted(candidates: CandidateSet, order: np.ndarray) -> CandidateSet:
     """The same candidates in another order of rows."""
     changed = {name: value[order] for name, value in vars(candidates).items() if value is not None}
@@ -42,8 +48,7 @@ def permuted(candidates: CandidateSet, order: np.ndarray) -> CandidateSet:
 
 def full_rows(candidates: CandidateSet) -> np.ndarray:
     """The full sketches as stored, float64."""
-    assert candidates.unit_NK is not None
-    return candidates.unit_NK.double().numpy() * candidates.norm_N.astype(np.float64)[:, None]
+    return unit_rows(candidates).double().numpy() * candidates.norm_N.astype(np.float64)[:, None]
 
 
 def world(
