@@ -81,6 +81,13 @@ def test_texts_are_distinct_but_for_the_marked_copies(rows):
     assert len(set(copies)) == len(copies) and set(copies) <= set(originals)
 
 
+def test_a_text_of_two_domains_stands_in_one():
+    passages = {"web": made_passages("web", 60), "code": made_passages("web", 90)}
+    recipe = dataclasses.replace(RECIPE, quotas={"web": 100, "code": 100})
+    made = [row for row in assemble(iter(()), passages, recipe, count_words, 0) if row.corrupt != "duplicate"]
+    assert Counter(row.domain for row in made) == {"web": 60, "code": 30}
+
+
 def test_clean_says_whether_the_text_is_undamaged(rows):
     sound = {row.text for row in rows if row.corrupt == ""}
     assert all(row.clean == (row.text in sound) for row in rows)
@@ -223,6 +230,13 @@ def test_passages_keep_paragraphs_whole_and_lengths_even():
     across = pack(lines, Source(read=lambda wheels: (), across=True, joiner="\n"), LENGTHS, count_words)
     # 20 lines make six passages of three and, with 15 words and so over the least of 10, one of two.
     assert [len(passage.split("\n")) for passage in across] == [3] * 6 + [2]
+
+
+def test_a_passage_closes_at_the_goal_not_at_the_limit():
+    lines = [[f"{first} {second}"] for first, second in zip(WORDS[0:200:2], WORDS[1:200:2])]
+    passages = pack(lines, Source(read=lambda wheels: (), across=True), LENGTHS, count_words)
+    # Two words a line and one for each joiner: seven lines are 20, the goal; the limit of 30 would hold ten.
+    assert [len(passage.split("\n\n")) for passage in passages] == [7] * 14
 
 
 def test_long_paragraphs_are_cut_at_sentences_and_repeats_dropped():
