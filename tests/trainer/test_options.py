@@ -1,0 +1,284 @@
+"""Every documented option changes the result in the stated way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.errors import InputError
+from schemas.run import Run
+from tests.trainer.streams import make_run
+from tests.trainer.test_loop import journal, settings, weights
+from trainer.loop import train
+from trainer.settings import EXECUTION, TrainSettings
+
+WEIGHTS = [1.0 + (row % 3) for row in range(24)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    return make_run(tmp_path_factory.mktemp("options"), samples=24, weights=WEIGHTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    steps: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    summary: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.steps]
+
+    def kept(self) -> list[tuple[int, ...]]:
+        return [tuple(d["rank"] for d in self.decisions if d["kept"] and d["step"] == r["step"]) for r in self.steps]
+
+    def norm(self) -> float:
+        return float(torch.cat([w.flatten().double() for w in self.weights.values()]).norm())
+
+
+@pytest.fixture(scope="module")
+def outcome(world: tuple[Run, Path]) -> Callable[..., Outcome]:
+    run, folder = world
+    known: dict[str, Outcome] = {}
+
+    def of(**changes: Any) -> Outcome:
+        key = repr(sorted(changes.items()))
+        if key not in known:
+            name = f"o{len(known)}"
+            chosen = settings(folder, name, **{"policy": "filter-then-weight", "warmup_select": 1, **changes})
+            summary = train(run, chosen)
+            known[key] = Outcome(
+                journal(run, name), journal(run, name, "decisions"), summary, weights(run, name, summary["steps"])
+            )
+        return known[key]
+
+    return of
+
+
+Pair = tuple[Outcome, Outcome]
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcome], bool]]] = {
+    "policy": ({}, {"policy": "random"}, lambda a, b: a.kept() != b.kept() and b.steps[0]["mode"] == "plain"),
+    "candidates": ({}, {"candidates": 4}, lambda a, b: (len(a.steps), len(b.steps)) == (3, 6)),
+    "n_keep": ({}, {"n_keep": 2}, lambda a, b: max(map(len, a.kept())) > 2 >= max(map(len, b.kept()))),
+    "target_batch": (
+        {},
+        {"target_batch": 8},
+        lambda a, b: a.steps[0]["target_loss"] != b.steps[0]["target_loss"],
+    ),
+    "metric": ({}, {"metric": "sgd"}, lambda a, b: [r["metric"] for r in b.steps] == ["sgd"] * 3),
+    "warmup_select": (
+        {},
+        {"warmup_select": 2},
+        lambda a, b: (
+            [r["metric"] for r in a.steps] == ["sgd", "target", "target"]
+            and [r["metric"] for r in b.steps] == ["sgd", "sgd", "target"]
+        ),
+    ),
+    "filter_score": (
+        {"n_keep": 2},
+        {"n_keep": 2, "filter_score": "residual"},
+        lambda a, b: [d["score"] for d in a.decisions] != [d["score"] for d in b.decisions],
+    ),
+    "weights": (
+        {"selection_weights": False},
+        {"weights": "uniform", "selection_weights": False},
+        lambda a, b: (
+            {round(d["step_weight"], 12) for d in b.decisions} == {0.0, 1.0}
+            and len({round(d["step_weight"], 12) for d in a.decisions}) > 2
+        ),
+    ),
+    "ridge": (
+        {"selection_weights": False},
+        {"ridge": 1000.0, "weight_bound": 1e9, "selection_weights": False},
+        lambda a, b: [d["step_weight"] for d in a.decisions] != [d["step_weight"] for d in b.decisions],
+    ),
+    "weight_bound": (
+        {"selection_weights": False},
+        {"weight_bound": 1e-3, "selection_weights": False},
+        # A bound far below every free weight makes all of them equal.
+        lambda a, b: {round(d["step_weight"], 9) for d in b.decisions} == {0.0, 1.0},
+    ),
+    "proj_rank": (
+        {},
+        {"proj_rank": 8},
+        lambda a, b: a.decisions[0]["self_interaction"] != b.decisions[0]["self_interaction"],
+    ),
+    "selection_weights": (
+        {"policy": "full"},
+        {"policy": "full", "selection_weights": False},
+        lambda a, b: (
+            {d["step_weight"] for d in b.decisions} == {1.0}
+            and all(
+                abs(d["step_weight"] / e["step_weight"] - WEIGHTS[d["rank"]] / WEIGHTS[e["rank"]]) < 1e-12
+                for d in a.decisions
+                for e in a.decisions
+                if d["step"] == e["step"]
+            )
+        ),
+    ),
+    "steps": ({}, {"steps": 2}, lambda a, b: (a.summary["steps"], b.summary["steps"]) == (3, 2)),
+    "token_budget": (
+        {"policy": "full"},
+        {"policy": "full", "token_budget": 100},
+        lambda a, b: b.summary["trained_tokens"] <= 100 < a.summary["trained_tokens"],
+    ),
+    "epochs": (
+        {"policy": "full"},
+        {"policy": "full", "epochs": 2},
+        lambda a, b: b.summary["trained_tokens"] == 2 * a.summary["trained_tokens"],
+    ),
+    "order": (
+        {"policy": "full"},
+        {"policy": "full", "order": "ranked"},
+        lambda a, b: [d["rank"] for d in b.decisions] == list(range(24)) != [d["rank"] for d in a.decisions],
+    ),
+    "seed": ({}, {"seed": 1}, lambda a, b: [d["rank"] for d in a.decisions] != [d["rank"] for d in b.decisions]),
+    "lr": (
+        {"policy": "full"},
+        {"policy": "full", "lr": 0.0},
+        lambda a, b: b.summary["eval_loss"] == b.summary["initial_eval_loss"] != a.summary["eval_loss"],
+    ),
+    "schedule": (
+        {"policy": "full"},
+        {"policy": "full", "schedule": "constant"},
+        lambda a, b: {r["learning_rate"] for r in b.steps} == {1e-2} and a.steps[-1]["learning_rate"] < 1e-2,
+    ),
+    "warmup_steps": (
+        {"policy": "full"},
+        {"policy": "full", "warmup_steps": 2},
+        lambda a, b: b.steps[0]["learning_rate"] == 0.0 and b.steps[2]["learning_rate"] == a.steps[2]["learning_rate"],
+    ),
+    "weight_decay": (
+        {"policy": "full"},
+        {"policy": "full", "weight_decay": 5.0},
+        lambda a, b: b.norm() < a.norm() and a.losses()[0] == b.losses()[0],
+    ),
+    "beta1": ({"policy": "full"}, {"policy": "full", "beta1": 0.0}, lambda a, b: a.losses()[:2] == b.losses()[:2]),
+    "beta2": ({"policy": "full"}, {"policy": "full", "beta2": 0.5}, lambda a, b: a.losses()[2] != b.losses()[2]),
+    "eps": (
+        # An eps far above the root of the second moment leaves next to no update.
+        {"policy": "full"},
+        {"policy": "full", "eps": 1e6},
+        lambda a, b: abs(b.summary["eval_loss"] - b.summary["initial_eval_loss"]) < 1e-4,
+    ),
+    "clip": (
+        {"policy": "full"},
+        {"policy": "full", "clip": 0.0},
+        lambda a, b: {r["clip_factor"] for r in b.steps} == {1.0} and all(r["clip_factor"] < 1 for r in a.steps),
+    ),
+    "eval_every": (
+        {"policy": "full"},
+        {"policy": "full", "eval_every": 1},
+        lambda a, b: [[r["eval_loss"] is None for r in x.steps] for x in (a, b)] == [[True, True, False], [False] * 3],
+    ),
+    "dtype": (
+        {"policy": "full"},
+        {"policy": "full", "dtype": "bfloat16"},
+        lambda a, b: a.losses() != b.losses() and {w.dtype for w in b.weights.values()} == {torch.float32},
+    ),
+    "attention": (
+        {"policy": "full"},
+        {"policy": "full", "attention": "sdpa"},
+        # Other kernels, the same mathematics: float32 rounding over three steps.
+        lambda a, b: a.losses() == pytest.approx(b.losses(), rel=1e-3),
+    ),
+    "batch_tokens": (
+        {"policy": "full"},
+        {"policy": "full", "batch_tokens": 1},
+        # Sample by sample there is no padding, and the step stays the step: float32 rounding over three steps.
+        lambda a, b: (
+            b.steps[0]["padding_share"] == 0 < a.steps[0]["padding_share"]
+            and a.losses() == pytest.approx(b.losses(), rel=1e-3)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", sorted(CASES))
+def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], option: str) -> None:
+    base, changed, stated = CASES[option]
+    first, second = outcome(**base), outcome(**changed)
+    assert stated(first, second)
+    assert first.weights.keys() == second.weights.keys()
+    if option not in ("eval_every",):
+        different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+        assert different or first.kept() != second.kept()
+
+
+def test_every_option_has_a_case() -> None:
+    """`optimizer_state` and the execution options have tests of their own below and in test_loop.py."""
+    assert set(CASES) == {field.name for field in dataclasses.fields(TrainSettings)} - EXECUTION
+
+
+def test_optimizer_state_is_where_the_moments_start(world: tuple[Run, Path]) -> None:
+    """A state warmed at rate 0 lets metric `target` act at once and changes the update, not the first loss."""
+    run, folder = world
+    warm = train(run, settings(folder, "warm", lr=0.0, schedule="constant"))
+    place = run.path(warm["checkpoint"])
+    assert warm["initial_eval_loss"] == warm["eval_loss"]
+    cold = train(run, settings(folder, "cold", policy="filter-then-weight", warmup_select=3))
+    hot = train(run, settings(folder, "hot", policy="filter-then-weight", warmup_select=3, optimizer_state=place))
+    assert [row["metric"] for row in journal(run, "cold")] == ["sgd"] * 3
+    assert [row["metric"] for row in journal(run, "hot")] == ["target"] * 3
+    assert cold["initial_eval_loss"] == hot["initial_eval_loss"]
+    assert cold["eval_loss"] != hot["eval_loss"]
+    by_file = settings(
+        folder,
+        "hot-file",
+        policy="filter-then-weight",
+        warmup_select=3,
+        optimizer_state=f"{place}/optimizer.safetensors",
+    )
+    assert train(run, by_file)["eval_loss"] == hot["eval_loss"]
+    assert run.manifest("train", "hot").spec["optimizer_state"] != run.manifest("train", "cold").spec["optimizer_state"]
+
+
+def test_optimizer_state_of_another_model_is_refused(world: tuple[Run, Path], tmp_path: Path) -> None:
+    run, folder = world
+    other_run, other = make_run(tmp_path, kind="gpt2", samples=8)
+    state = other_run.path(train(other_run, settings(other, "t"))["checkpoint"])
+    with pytest.raises(InputError, match="it belongs to another model"):
+        train(run, settings(folder, "wrong", optimizer_state=state))
+    with pytest.raises(InputError, match=r"name a checkpoint folder or an optimizer.safetensors"):
+        train(run, settings(folder, "none", optimizer_state=str(tmp_path / "nothing")))
+    with pytest.raises(InputError, match="it is not an optimizer state"):
+        train(run, settings(folder, "weights", optimizer_state=f"{state}/model.safetensors"))
+
+
+def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
+    run, folder = world
+    for every, keep, expected in ((1, 1, [5, 6]), (2, 5, [2, 4, 6]), (50, 2, [6])):
+        name = f"kept-{every}"
+        train(run, settings(folder, name, candidates=4, checkpoint_every=every, keep_checkpoints=keep))
+        found = run.folders(f"{run.training_folder(name)}/checkpoints")
+        assert found == [f"step-{step:08d}" for step in expected]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"policy": "best"}, "filter-then-weight, full, random"),
+        ({"schedule": "exp"}, "linear, constant"),
+        ({"metric": "opus"}, "target, sgd"),
+        ({"weights": "softmax"}, "nnls, uniform"),
+        ({"filter_score": "best"}, "decrease"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"beta2": 1.0}, "beta2 must lie in"),
+        ({"steps": 1, "token_budget": 1}, "not both"),
+        ({"order": "best"}, "shuffled, ranked"),
+        ({"dtype": "float16"}, "float32, bfloat16, float64"),
+        ({"stream": "match", "generation": 7}, "no generation 7"),
+        ({"name": "../x"}, "not usable"),
+    ],
+)
+def test_impossible_settings_are_refused(world: tuple[Run, Path], changes: dict[str, Any], message: str) -> None:
+    run, folder = world
+    with pytest.raises(InputError, match=message):
+        train(run, settings(folder, "x", **changes) if "name" not in changes else settings(folder, **changes))
