@@ -21,6 +21,8 @@ from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
 COLUMN_BATCH = 32
 """Gram columns computed at once: reading the shortlist's rows costs as much for one column as for these."""
+COLUMN_BYTES = 1 << 29
+"""Gram columns kept for later additions; the oldest go first."""
 MIN_WEIGHT = 1e-3
 """Relaxed weights below this are dropped."""
 
@@ -63,14 +65,19 @@ def greedy(
     order: list[int] = []
     objective: list[float] = []
     squares: list[float] = []
+    up, down, value_m = np.empty(count), np.empty(count), np.empty(count)
     while True:
         open_m = guard.open()
         if not open_m.any():
             break
-        up = total + alpha_m
-        down = square + 2.0 * cross_m + norm_sq_m
+        np.add(alpha_m, total, out=up)
+        np.multiply(cross_m, 2.0, out=down)
+        np.add(down, norm_sq_m, out=down)
+        np.add(down, square, out=down)
         # A sum that cancels, or a zero row first, has no direction: cosine 0.
-        value_m = np.where(down > 0.0, up / np.sqrt(np.where(down > 0.0, down, 1.0)), 0.0)
+        value_m[:] = 0.0
+        np.sqrt(down, out=value_m, where=down > 0.0)
+        np.divide(up, value_m, out=value_m, where=value_m > 0.0)
         value_m[~open_m] = -np.inf
         best = int(value_m.argmax())
         if best not in columns:
@@ -78,7 +85,9 @@ def greedy(
             wanted = [best] + [int(j) for j in likely if open_m[j] and j != best and int(j) not in columns]
             wanted = wanted[:COLUMN_BATCH]
             for j, column in zip(wanted, (unit_mK[wanted] @ unit_mK.T).numpy(), strict=True):
-                columns[j] = column
+                columns[j] = column.copy()
+            while len(columns) * count * 4 > COLUMN_BYTES and next(iter(columns)) != best:
+                columns.pop(next(iter(columns)))
         cross_m += (columns.pop(best).astype(np.float64) * scale_m) * scale_m[best]
         total, square = float(up[best]), float(down[best])
         order.append(best)
