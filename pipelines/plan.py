@@ -31,7 +31,7 @@ DEFAULT_TOKENS_PER_SECOND = 400.0
 """One CPU core with a model of 135 million parameters in bfloat16: the slow end of what people use."""
 _SKETCH_BYTES = 1.77
 """Per number: float16, byte-stream split, zstd."""
-_ROW_BYTES = 350
+_ROW_BYTES = 250
 """Per sample: everything else of a features row and a curvature row, compressed."""
 
 Progress = Callable[[int, int], None]

@@ -1,7 +1,8 @@
 """Parquet: units are ranges of rows, whole row groups where they fit.
 
-Tokens are estimated from the footer: the mean uncompressed bytes of the text columns over a row group. Where a row group's
-text is dictionary encoded, the footer counts repeated texts once, so the first rows of the group are measured instead.
+Tokens are estimated from the mean bytes of text over a row group: what the writer noted in the footer, else the
+uncompressed size of the text columns. That counts repeated texts once where they are dictionary encoded, so that then
+the first rows of the group are measured too, and the larger figure holds.
 The fingerprint covers the file's size and footer, which holds the place of every page; damage inside pages is found by
 their checksums where the file has them.
 """
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.readers.base import LOGGER, Item, Warn, build_row, check_columns, read_reject, reader
+from pipelines.readers.footer import RowGroup, decode_footer
 from pipelines.readers.source import BYTES_PER_TOKEN, Source, make_unit, source_changed
 from schemas.errors import InputError
 from schemas.fingerprint import hash128
@@ -27,7 +29,6 @@ _TAIL = 8
 _BROKEN_TAIL_BYTES = 64 << 10
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
-_MAX_GROUP_ROWS = 1 << 32
 _MEASURED_ROWS = 64
 _BUFFER_BYTES = 1 << 20
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
@@ -42,7 +43,7 @@ class ParquetReader:
     def scan(self, root: str, path: str, spec: PlanSpec, warn: Warn = LOGGER.warning) -> Iterator[WorkUnit]:
         """See `Reader.scan`. A file that cannot be opened is one unit of one row, which reads as `unreadable_file`."""
         source = Source(root, path)
-        source_fingerprint = _fingerprint(source)
+        source_fingerprint, footer = _footer(source)
 
         def unit(row_start: int, row_count: int, text_bytes: float) -> WorkUnit:
             return make_unit(
@@ -59,7 +60,7 @@ class ParquetReader:
 
         names = _body(spec)
         try:
-            opened = _open(source, names)
+            opened = _open(source, footer)
         except _DAMAGE as error:
             warn(f"{source.url} is not a readable Parquet file ({_short(error)}); it is listed as one reject")
             yield unit(0, 1, 0.0)
@@ -96,12 +97,13 @@ class ParquetReader:
         """See `Reader.rows`. Reasons: unreadable_file, damaged (every row behind a broken page), invalid_utf8, and those
         of a record."""
         source = Source(root, unit.path)
-        if _fingerprint(source) != unit.source_fingerprint:
+        found, footer = _footer(source)
+        if found != unit.source_fingerprint:
             raise source_changed(source, "its size or footer")
         row, end = unit.row_start, unit.row_start + unit.row_count
         reason, detail = "damaged", "the file ended before this row"
         try:
-            for record in _records(source, unit, spec):
+            for record in _records(source, footer, unit, spec):
                 yield _item(unit.path, row, record, spec)
                 row += 1
         except _Unreadable as error:
@@ -124,34 +126,26 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _fingerprint(source: Source) -> str:
-    """Hash of size and footer; of size and the last 64 KiB where there is no footer."""
+def _footer(source: Source) -> tuple[str, bytes]:
+    """(fingerprint, footer): hash of size and footer, or of size and the last 64 KiB where there is no footer."""
     size = source.size
     tail = source.read(max(0, size - _TAIL), size)
-    length = int.from_bytes(tail[:4], "little") + _TAIL if len(tail) == _TAIL and tail[4:] == b"PAR1" else 0
-    if not 0 < length <= size:
-        length = min(size, _BROKEN_TAIL_BYTES)
-    return hash128(str(size).encode(), source.read(size - length, size))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """What the footer says of a row group: its rows, and of the columns read their bytes and whether they may be shared."""
-
-    rows: int
-    bytes: int
-    dictionary: bool
+    length = int.from_bytes(tail[:4], "little") if len(tail) == _TAIL and tail[4:] == b"PAR1" else -1
+    if not 0 <= length <= size - _TAIL:
+        return hash128(str(size).encode(), source.read(max(0, size - _BROKEN_TAIL_BYTES), size)), b""
+    footer = source.read(size - length - _TAIL, size - _TAIL)
+    return hash128(str(size).encode(), footer, tail), footer
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
     file: pq.ParquetFile
     schema: pa.Schema
-    groups: tuple[_Group, ...]
+    groups: tuple[RowGroup, ...]
 
 
-def _open(source: Source, names: tuple[str, ...]) -> _File:
-    """The file with everything decoded that its footer says of columns `names`; raises one of `_DAMAGE`."""
+def _open(source: Source, footer: bytes) -> _File:
+    """The file, after its footer was decoded; raises one of `_DAMAGE`."""
     if not source.size:
         raise ValueError("the file is empty")
     file = pq.ParquetFile(
@@ -160,21 +154,10 @@ def _open(source: Source, names: tuple[str, ...]) -> _File:
         buffer_size=_BUFFER_BYTES,
         pre_buffer=False,
     )
-    paths = [file.schema.column(index).path for index in range(len(file.schema))]
-    wanted = [index for index, path in enumerate(paths) if path in names or path.split(".")[0] in names]
-    groups = []
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        chunks = [group.column(index) for index in wanted]
-        flat = {chunk.num_values for index, chunk in zip(wanted, chunks) if "." not in paths[index]}
-        if not 0 <= group.num_rows <= _MAX_GROUP_ROWS or not flat <= {group.num_rows}:
-            raise ValueError("the footer contradicts itself about the number of rows")
-        size = sum(max(0, chunk.total_uncompressed_size) for chunk in chunks)
-        shared = any("DICTIONARY" in encoding for chunk in chunks for encoding in chunk.encodings)
-        groups.append(_Group(group.num_rows, size, shared))
-    if sum(group.rows for group in groups) != file.metadata.num_rows:
+    groups = decode_footer(footer)
+    if [group.rows for group in groups] != [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]:
         raise ValueError("the footer contradicts itself about the number of rows")
-    return _File(file, file.schema_arrow, tuple(groups))
+    return _File(file, file.schema_arrow, groups)
 
 
 def _body(spec: PlanSpec) -> tuple[str, ...]:
@@ -217,8 +200,9 @@ def _is_messages(kind: pa.DataType) -> bool:
 
 def _row_bytes(opened: _File, group: int, names: tuple[str, ...]) -> float:
     """Mean bytes of text of a row of the group, at least 1."""
-    mean = opened.groups[group].bytes / opened.groups[group].rows
-    if opened.groups[group].dictionary:
+    chunks = [chunk for chunk in opened.groups[group].chunks if chunk.path and chunk.path[0] in names]
+    mean = sum(chunk.text_bytes for chunk in chunks) / opened.groups[group].rows
+    if any(chunk.shared for chunk in chunks):
         try:
             first = opened.file.iter_batches(_MEASURED_ROWS, row_groups=[group], columns=list(names), use_threads=False)
             batch = next(first)
@@ -271,10 +255,10 @@ class _Cursor:
 _OPEN = threading.local()
 
 
-def _records(source: Source, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[str, Any]]:
+def _records(source: Source, footer: bytes, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[str, Any]]:
     names = spec.columns.names()
     try:
-        opened = _open(source, _body(spec))
+        opened = _open(source, footer)
     except _DAMAGE as error:
         raise _Unreadable(_short(error)) from error
     _check_schema(source.url, opened.schema, spec)

@@ -7,6 +7,7 @@ import decimal
 import io
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,16 +36,15 @@ def texts(count: int) -> list[str]:
 
 
 def test_units_are_whole_row_groups_that_fit_and_pieces_of_those_that_do_not(root: str) -> None:
-    # A text has 38 or 39 bytes and Parquet's own 4, and a group its headers, so a row is a little more than 11 tokens; groups of 20 rows
-    # are about 230.
+    # A text has 38 bytes, from row 10 on 39: a group of 20 rows has 195 tokens (193 the first), a row 9.75.
     put(root, "a.parquet", encode(pa.table({"text": texts(100)}), row_group_size=20, use_dictionary=False))
     counts = {
         size: [unit.row_count for unit in scan(root, "a.parquet", spec(unit_tokens=size))[0]]
         for size in (100_000, 600, 100, 1)
     }
     assert counts[100_000] == [100]
-    assert counts[600] == [40, 40, 20]
-    assert counts[100] == [8, 8, 4] * 5
+    assert counts[600] == [60, 40]
+    assert counts[100] == [10] * 10
     assert counts[1] == [1] * 100
     whole = scan_and_read(root, "a.parquet", spec())
     assert [outcome(item) for item in whole] == texts(100)
@@ -57,14 +57,17 @@ def test_units_are_whole_row_groups_that_fit_and_pieces_of_those_that_do_not(roo
             assert list(read_unit(root, unit, plan)) == whole[unit.row_start : unit.row_start + unit.row_count]
 
 
+@pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_tokens_are_about_a_quarter_of_the_bytes_of_the_text(root: str, dictionary: bool) -> None:
+def test_tokens_are_a_quarter_of_the_bytes_of_the_text(root: str, dictionary: bool, noted: bool) -> None:
     # 3 texts, 900 times: dictionary encoding would count them once.
     body = ["x" * 400, "y" * 800, "z" * 1200] * 900
-    put(root, "a.parquet", encode(pa.table({"text": body, "other": ["o" * 5000] * 2700}), use_dictionary=dictionary))
+    table = pa.table({"text": body, "other": ["o" * 5000] * 2700})
+    put(root, "a.parquet", encode(table, use_dictionary=dictionary, write_statistics=noted))
     tokens = sum(unit.estimated_tokens for unit in scan(root, "a.parquet", spec())[0])
-    # Parquet adds 4 bytes to a string of 800; the first 64 rows that are measured have 21 or 22 of each text.
-    assert tokens == pytest.approx(800 * 2700 / 4, rel=0.02)
+    # Exact where the writer noted the bytes, up to the rounding of each of 9 units. Otherwise Parquet adds 4 bytes to a
+    # string of 800, or the first 64 rows are measured, which hold 22, 21 and 21 of the texts.
+    assert tokens == pytest.approx(800 * 2700 / 4, **({"abs": 9} if noted else {"rel": 0.01}))
 
 
 def test_a_large_row_group_is_decoded_once_by_a_worker_that_reads_in_order(
@@ -76,7 +79,12 @@ def test_a_large_row_group_is_decoded_once_by_a_worker_that_reads_in_order(
     assert len(units) > 20
     opened = []
     original = parquet._batches
-    monkeypatch.setattr(parquet, "_batches", lambda *args: opened.append(args) or original(*args))
+
+    def counted(*args: Any) -> Any:
+        opened.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(parquet, "_batches", counted)
     read(str(tmp_path), units, plan)
     assert len(opened) == 1
     list(read_unit(str(tmp_path), units[3], plan))
