@@ -123,14 +123,15 @@ def _scoring(run: Run, plan: Plan, name: str, manifest: Manifest | None, now: fl
     ]
     done = [unit for unit in plan.units if all(unit.unit_id in names for names in standing)]
     missing = [unit for unit in plan.units if not all(unit.unit_id in names for names in standing)]
-    # A manifest of an earlier plan does not count the units that an extension added.
-    listed = manifest if manifest is not None and not missing else None
+    # A manifest of another plan does not count the units of this one.
+    of_this_plan = manifest is not None and not missing and manifest.inputs.get("plan") == plan.fingerprint
+    listed = manifest if of_this_plan else None
     identities = [unit.unit_id for unit in done]
     workers = worker_status(read_heartbeats(run, "score", name), now)
     left = sum(unit.estimated_tokens for unit in missing)
     return ScoringStatus(
         scoring=name,
-        finished=listed is not None and listed.inputs.get("plan") == plan.fingerprint,
+        finished=of_this_plan,
         units_done=len(done),
         units_total=len(plan.units),
         samples=_rows_below(run, listed, f"features/{name}", identities),

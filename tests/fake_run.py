@@ -143,7 +143,7 @@ class _Builder:
         for row in range(unit.row_start, unit.row_start + unit.row_count):
             domain = DOMAINS[row % len(DOMAINS)]
             if self.options.hostile and domain == "noise":
-                domain = "<b>noise</b>"
+                domain = "<i>noise</i>"
             text = self.text(domain, unit.path, row)
             if row % 17 == 5:
                 detail = HOSTILE[0] if self.options.hostile else "0 tokens"

@@ -157,6 +157,27 @@ def test_python_variables_are_out_of_reach(run: Run) -> None:
     assert secret.num_rows == 1
 
 
+@pytest.mark.parametrize(
+    ("sql", "word"),
+    [
+        ("WITH i AS (INSERT INTO features VALUES (1) RETURNING 1) SELECT * FROM i", "INSERT"),
+        ("WITH i AS (COPY (SELECT 1) TO '/tmp/never') SELECT * FROM i", "COPY"),
+        ("SELECT * FROM (WITH i AS (DELETE FROM features RETURNING 1) SELECT * FROM i)", "DELETE"),
+        ("EXPLAIN WITH i AS (UPDATE features SET row = 1 RETURNING 1) SELECT * FROM i", "UPDATE"),
+    ],
+)
+def test_writing_hidden_in_a_query_is_refused_by_its_name(run: Run, sql: str, word: str) -> None:
+    with pytest.raises(InputError, match=f"{word} is refused inside a query"):
+        ask(run, sql)
+
+
+def test_engine_is_set_up_as_promised(run: Run) -> None:
+    with Audit(run) as audit:
+        names = "python_enable_replacements", "enable_external_access", "autoload_known_extensions", "temp_directory"
+        values = [audit._connection.execute(f"SELECT current_setting('{name}')").fetchall()[0][0] for name in names]
+    assert values == [False, False, False, ""]
+
+
 def test_engine_alone_refuses_writing_and_reading(run: Run, tmp_path: Path) -> None:
     """Behind the check of the syntax tree stand the engine's own walls: they hold without it."""
     out = tmp_path / "out"

@@ -101,8 +101,8 @@ def test_page_loads_and_runs_nothing(page: str) -> None:
 def test_hostile_text_is_shown_and_does_nothing(page: str) -> None:
     parsed = Page(page)
     shown = "".join(parsed.text)
-    assert "<script>document.title" in shown and "{{ 7 * 7 }}" in shown and "<b>noise</b>" in shown
-    assert not any(tag in ("script", "b", "img") and a for tag, a in parsed.tags if tag != "b" or a)
+    assert "<script>document.title" in shown and "{{ 7 * 7 }}" in shown and "<i>noise</i>" in shown
+    assert not {tag for tag, _ in parsed.tags} & {"script", "i", "img"}  # the template has none of them
     assert page.count("<style") == 1 and page.count("</style>") == 1
     harmful = {c for c in page if ord(c) < 32 and c not in "\n\t"} | ({*"\u202e\u2066\u202c\ufeff\x85"} & set(page))
     assert harmful == set()

@@ -110,6 +110,16 @@ def test_extended_plan_makes_a_finished_scoring_unfinished(tmp_path: Path) -> No
     assert not scoring.finished and (scoring.units_done, scoring.units_total) == (4, 6)
 
 
+def test_scoring_of_a_larger_plan_is_not_finished_for_a_smaller_one(tmp_path: Path) -> None:
+    run = build_fake_run(tmp_path / "run", stages=("plan", "score"))
+    build_fake_run(tmp_path / "less", files=1, stages=("plan",))
+    for name in ("plan.parquet", "stages/plan/corpus.json"):
+        Path(run.url, name).write_bytes((tmp_path / "less" / name).read_bytes())
+    (scoring,) = run_status(run).scorings
+    assert not scoring.finished and (scoring.units_done, scoring.units_total) == (2, 2)
+    assert scoring.samples < 112  # rows of the planned units alone
+
+
 def test_export_of_a_finished_stream_is_not_shown_as_working(tmp_path: Path) -> None:
     run = build_fake_run(tmp_path / "run")
     for stage, name in (("export", "match"), ("train", "next")):
