@@ -44,14 +44,16 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 def collate(encoded: Sequence[Encoded], *, device: torch.device | str = "cpu") -> Batch:
-    """Right-pad samples to the longest; padding carries id 0, no attention and no loss."""
+    """Right-pad samples to the longest; padding carries no attention and no loss.
+
+    Padding repeats the sample's own first token: whatever the weights hold (a NaN in some token's embedding), nothing that is
+    not the sample's enters its row. Raises `InputError` for an empty list or a sample without tokens.
+    """
+    if not encoded or not all(item.ids for item in encoded):
+        raise InputError("a batch needs at least one sample, and every sample at least one token")
     longest = max(len(item.ids) for item in encoded)
-    ids_BT = torch.zeros(len(encoded), longest, dtype=torch.int64)
-    attention_BT = torch.zeros(len(encoded), longest, dtype=torch.bool)
-    loss_BT = torch.zeros(len(encoded), longest, dtype=torch.bool)
-    for row, item in enumerate(encoded):
-        size = len(item.ids)
-        ids_BT[row, :size] = torch.tensor(item.ids, dtype=torch.int64)
-        attention_BT[row, :size] = True
-        loss_BT[row, :size] = torch.tensor(item.loss_mask, dtype=torch.bool)
+    ids_BT = torch.tensor([item.ids + item.ids[:1] * (longest - len(item.ids)) for item in encoded], dtype=torch.int64)
+    loss_BT = torch.tensor([item.loss_mask + [False] * (longest - len(item.ids)) for item in encoded], dtype=torch.bool)
+    lengths_B = torch.tensor([len(item.ids) for item in encoded])
+    attention_BT = torch.arange(longest)[None] < lengths_B[:, None]
     return Batch(ids_BT=ids_BT.to(device), attention_BT=attention_BT.to(device), loss_BT=loss_BT.to(device))

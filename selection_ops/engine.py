@@ -1,11 +1,24 @@
 """The gradient engine: low-rank projected per-sample gradients by one forward and one backward without weight gradients.
 
-Legend: B samples, T tokens, I inputs and O outputs of a site, R projection rank, K sketch dimension.
+For a site y = W a, the gradient of a sample's loss with respect to W is the sum over its tokens of d a^T, d being the gradient
+of y. Its sketch P_out (sum d a^T) P_in^T = sum (P_out d)(P_in a)^T is formed in backward from factors of R numbers each
+(LoGra, arXiv 2405.13954, section 3). The weight gradients themselves, 2 of the 6 FLOPs per parameter and token, are never formed.
+
+Where the time goes (one core, random Llamas of 35M and 135M, `benchmarks/scoring.py`): forward with a backward that only reaches
+the inputs is 0.66-0.67 of a plain forward + backward in float32; projecting and contracting adds 0.015-0.03, folding nothing that can
+be measured. So the engine is at its bound, and speed is a matter of the arithmetic (bfloat16 where the hardware has it takes a third
+of the time), of the attention backward (`model.default_attention`), and of padding.
+
+Legend: B samples, T tokens, I inputs and O outputs of a site, R projection rank, S all sites' R x R sketches side by side,
+K sketch dimension.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,16 +26,21 @@ import torch
 from torch import nn
 
 from schemas.errors import InputError
-from schemas.spec import FeatureSpec, InputGroup
+from schemas.spec import PROJECTION_VERSION, FeatureSpec, InputGroup, LossKind
 from selection_ops.batching import Batch
 from selection_ops.losses import HeadRoute
-from selection_ops.projections import Fold, ProjectionSpec, input_projection, output_projection
-from selection_ops.sites import layout_of
+from selection_ops.model import evaluating
+from selection_ops.projections import Fold, ProjectionSpec, input_signs, output_signs
+from selection_ops.sites import find_sites, layout_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleFeatures:
-    """Features of a batch. loss_B in nats (float64); sketch_BK the full sketch; grad_norm_B its norm before the fold."""
+    """Features of a batch, in its order.
+
+    loss_B: sum (or mean) of token losses, nats, float64. loss_tokens_B: tokens that carry loss. sketch_BK: the full sketch, not
+    normalised, float32 (float64 for float64 models). grad_norm_B: norm of the sketch before the fold.
+    """
 
     loss_B: torch.Tensor
     loss_tokens_B: torch.Tensor
@@ -31,79 +49,89 @@ class SampleFeatures:
 
 
 class _SiteFunction(torch.autograd.Function):
-    """y = x W' + b; backward returns the gradient of x and records sum over tokens of (P_out d)(P_in a)' per sample."""
+    """y = W x + b; backward returns the gradient of x and records the sum over tokens of (P_out d)(P_in a)^T per sample."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTI, weight_OI, bias_O, projected_BTR, site: _Site, engine: GradientEngine):
+    def forward(
+        ctx: Any,
+        x_BTI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        projected_BTR: torch.Tensor,
+        site: _Site,
+        engine: GradientEngine,
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, projected_BTR)
         ctx.site, ctx.engine = site, engine
         return nn.functional.linear(x_BTI, weight_OI, bias_O)
 
     @staticmethod
-    def backward(ctx: Any, delta_BTO):
+    def backward(ctx: Any, delta_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         weight_OI, projected_BTR = ctx.saved_tensors
-        ctx.engine._record(ctx.site, delta_BTO @ ctx.site.out_OR, projected_BTR)
-        return delta_BTO @ weight_OI, None, None, None, None, None
+        # Under autocast the output, and so its gradient, is narrower than the weights; and autocast must not narrow the
+        # contraction over tokens.
+        with torch.autocast(delta_BTO.device.type, enabled=False):
+            ctx.engine._record(ctx.site, delta_BTO @ ctx.site.out_OR.to(delta_BTO.dtype), projected_BTR)
+            grad_BTI = delta_BTO @ weight_OI.to(delta_BTO.dtype) if ctx.needs_input_grad[0] else None
+        return grad_BTI, None, None, None, None, None
 
 
 @dataclasses.dataclass(eq=False)
 class _Site:
+    """A site and its projections; signs are kept as +-1, exact in bfloat16, and sketches are scaled by 1/R at the end."""
+
     name: str
     group: str
     index: int
-    module: nn.Module
+    module: Any
     layout: Any
-    in_IR: torch.Tensor
-    out_OR: torch.Tensor
+    in_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    out_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
 
 
 class GradientEngine:
     """A context in which `features` computes per-sample sketches of a model's gradients.
 
-    Inside, parameters are frozen, the embedding output carries gradient, and the sites' forwards are replaced on the
-    instances; on exit, also after an error, everything is as it was. Enter and exit are cheap and may be repeated between
-    optimizer steps. Source of the factorisation: LoGra, arXiv 2405.13954.
+    Inside, parameters are frozen, modules are in eval mode, the embedding output carries gradient, and the sites' forwards are
+    replaced on the instances; on exit, also after an error, everything is as it was. Projections are made once, weights are read
+    live: entering and leaving between optimizer steps is cheap.
+
+    `input_groups` are the sites to attribute (all that `find_sites` finds where none are given); `k` 0 keeps every site's sketch side
+    by side. Raises `InputError` where the model lacks a site.
     """
 
     def __init__(
         self,
         model: Any,
-        input_groups: tuple[InputGroup, ...],
+        input_groups: tuple[InputGroup, ...] | None = None,
         *,
         proj_rank: int,
         k: int,
         seed: int,
-        version: int,
-        loss: str = "sum",
+        version: int = PROJECTION_VERSION,
+        loss: LossKind = "sum",
     ) -> None:
         self.model = model
         self.loss = loss
-        parameter = next(model.parameters())
-        self._device = parameter.device
-        self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self.input_groups = find_sites(model).input_groups if input_groups is None else input_groups
         self._rank = proj_rank
-        spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
+        self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
         modules = dict(model.named_modules())
-        self._sites: list[_Site] = []
-        for group in input_groups:
-            shared: torch.Tensor | None = None
+        self._sites: dict[str, _Site] = {}
+        for group in self.input_groups:
             for name in group.sites:
-                module = modules.get(name)
-                layout = layout_of(module) if module is not None else None
-                if module is None or layout is None:
+                layout = layout_of(modules[name]) if name in modules else None
+                if layout is None:
                     raise InputError(
-                        f"the model has no site {name!r}; the scoring was declared for another architecture"
+                        f"{type(model).__name__} has no site {name!r}; the scoring was declared for another architecture"
                     )
-                outputs, inputs = layout.sizes(module)
-                if shared is None:
-                    shared = input_projection(spec, group.name, inputs).T.contiguous().to(self._device, parameter.dtype)
-                out_OR = output_projection(spec, name, outputs).T.contiguous().to(self._device, parameter.dtype)
-                self._sites.append(_Site(name, group.name, len(self._sites), module, layout, shared, out_OR))
-        self._fold = Fold(spec, input_groups, self._device, self._wide)
+                self._sites[name] = _Site(name, group.name, len(self._sites), modules[name], layout)
+        self._made_for: tuple[torch.device, torch.dtype] | None = None
+        self._make_projections()
         self._route = HeadRoute(model)
-        self._projected: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._projected: dict[str, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._records_SBRR = torch.empty(0)
-        self._restore: list[Any] = []
+        self._open: contextlib.ExitStack | None = None
 
     @classmethod
     def from_spec(cls, model: Any, spec: FeatureSpec) -> GradientEngine:
@@ -113,59 +141,95 @@ class GradientEngine:
             version=spec.projection_version, loss=spec.loss,
         )  # fmt: skip
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, in the order of their sketches."""
+        return tuple(self._sites)
+
+    def _make_projections(self) -> None:
+        """Projections where the parameters are, in their arithmetic; made again only when the model has moved."""
+        parameter = next(self.model.parameters())
+        place = parameter.device, parameter.dtype
+        if place == self._made_for:
+            return
+        self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        shared: dict[str, torch.Tensor] = {}
+        for site in self._sites.values():
+            outputs, inputs = site.layout.sizes(site.module)
+            if site.group not in shared:
+                signs_RI = input_signs(self._spec, site.group, inputs, parameter.device)
+                shared[site.group] = signs_RI.T.to(parameter.dtype).contiguous()
+            site.in_IR = shared[site.group]
+            site.out_OR = (
+                output_signs(self._spec, site.name, outputs, parameter.device).T.to(parameter.dtype).contiguous()
+            )
+        self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide)
+        self._made_for = place
+
     def __enter__(self) -> GradientEngine:
-        training, flags = self.model.training, [(p, p.requires_grad) for p in self.model.parameters()]
-        self._restore.append(lambda: self.model.train(training))
-        self._restore.append(lambda: [p.requires_grad_(flag) for p, flag in flags])
-        self.model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        embedding = self.model.get_input_embeddings()
-        handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-        self._restore.append(handle.remove)
-        for site in self._sites:
-            site.module.forward = self._forward_of(site)
-            self._restore.append(lambda module=site.module: module.__dict__.pop("forward"))
+        if self._open is not None:
+            raise RuntimeError("this engine has been entered already")
+        self._make_projections()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for parameter in self.model.parameters():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            embedding = self.model.get_input_embeddings()
+            handle = embedding.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+            stack.callback(handle.remove)
+            for site in self._sites.values():
+                stack.callback(_restore_forward, site.module, dict(site.module.__dict__))
+                site.module.__dict__["forward"] = self._forward_of(site)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._restore:
-            self._restore.pop()()
+        stack, self._open = self._open, None
         self._projected.clear()
         self._records_SBRR = torch.empty(0)
+        if stack is not None:
+            stack.close()
 
-    def _forward_of(self, site: _Site) -> Any:
+    def _forward_of(self, site: _Site) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x_BTI: torch.Tensor) -> torch.Tensor:
             held = self._projected.get(site.group)
-            if held is None or held[0] is not x_BTI:
-                held = x_BTI, x_BTI.detach() @ site.in_IR
+            # A weak reference: what is kept until backward is the projected input, not the input.
+            if held is None or held[0]() is not x_BTI:
+                held = weakref.ref(x_BTI), x_BTI.detach() @ site.in_IR
                 self._projected[site.group] = held
             return _SiteFunction.apply(x_BTI, site.layout.matrix(site.module), site.module.bias, held[1], site, self)
 
         return forward
 
     def _record(self, site: _Site, delta_BTR: torch.Tensor, projected_BTR: torch.Tensor) -> None:
-        # bfloat16 factors are widened here: the sum over tokens is where rounding would pile up.
+        # bfloat16 factors are widened here: the sum over tokens is where rounding would pile up. Added, not set: a module
+        # may be used more than once in a forward pass.
         product_BRR = delta_BTR.to(self._wide).transpose(1, 2) @ projected_BTR.to(self._wide)
         self._records_SBRR[site.index] += product_BRR
 
     def features(self, batch: Batch) -> SampleFeatures:
-        """Losses, sketches and gradient norms of a batch; only inside the context."""
-        if not self._restore:
+        """Losses, sketches and gradient norms of a batch; only inside the context.
+
+        A sample whose numbers overflow has non-finite features, the others of the batch are as without it.
+        """
+        if self._open is None:
             raise RuntimeError("features() is only there inside `with engine:`")
         size = len(batch.ids_BT)
         self._records_SBRR = torch.zeros(
-            len(self._sites), size, self._rank, self._rank, dtype=self._wide, device=self._device
+            len(self._sites), size, self._rank, self._rank, dtype=self._wide, device=batch.ids_BT.device
         )
-        with torch.enable_grad():
-            loss_B = self._route.sample_losses(batch, frozen=True)
-            loss_tokens_B = batch.loss_BT[:, 1:].sum(1)
+        try:
+            with torch.enable_grad():
+                loss_B = self._route.sample_losses(batch, frozen=True)
+                loss_B.sum().backward()
+        finally:
             self._projected.clear()
-            loss_B.sum().backward()
-        flat_BS = self._records_SBRR.transpose(0, 1).reshape(size, -1)
+        flat_BS = self._records_SBRR.transpose(0, 1).reshape(size, -1) / self._rank
         loss_B = loss_B.detach().double()
+        loss_tokens_B = batch.loss_BT[:, 1:].sum(1)
         if self.loss == "mean":
             flat_BS = flat_BS / loss_tokens_B[:, None]
             loss_B = loss_B / loss_tokens_B
@@ -173,8 +237,23 @@ class GradientEngine:
             loss_B=loss_B, loss_tokens_B=loss_tokens_B, sketch_BK=self._fold(flat_BS), grad_norm_B=flat_BS.norm(dim=1)
         )
 
-    def project_dense(self, site_name: str, gradient_OI: torch.Tensor) -> torch.Tensor:
-        """Sketch [R, R] of a dense gradient of one site's weight, given as [O, I]."""
-        site = next(site for site in self._sites if site.name == site_name)
-        left_RI = site.out_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
-        return left_RI @ site.in_IR.to(self._wide)
+    def project_dense(self, site: str, gradient_OI: torch.Tensor) -> torch.Tensor:
+        """Sketch [R, R] of a dense gradient of one site's weight, given as [O, I] (`sites.LinearMap.matrix` turns it so).
+
+        The same projections as of the samples: with k = 0, the concatenation over `sites` is comparable with `sketch_BK`.
+        """
+        if site not in self._sites:
+            raise InputError(
+                f"no site {site!r} among the {len(self._sites)} attributed: {', '.join(self.sites[:4])}, ..."
+            )
+        found = self._sites[site]
+        left_RI = found.out_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
+        return left_RI @ found.in_IR.to(self._wide) / self._rank
+
+
+def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:
+    """Give the instance the forward of its own that it had, or none."""
+    if "forward" in before:
+        module.__dict__["forward"] = before["forward"]
+    else:
+        module.__dict__.pop("forward", None)
