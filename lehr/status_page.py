@@ -15,7 +15,7 @@ from lehr.status import RunStatus, ScoringStatus, WorkerStatus
 
 def _workers(workers: WorkerStatus) -> str:
     if not workers.live and not workers.gone:
-        return "nobody has worked on it from here on"
+        return "not started"
     words = [f"{workers.live} working" if workers.live else "nobody is working"]
     if workers.tokens_per_second is not None:
         words.append(f"{workers.tokens_per_second:,.0f} tokens/s")
