@@ -66,7 +66,7 @@ def sample_gradients(model, encoded):  # type: ignore[no-untyped-def]
 
     ids = torch.tensor([encoded.ids])
     logits = model(input_ids=ids, use_cache=False).logits[0]
-    total = 0.0
+    total = torch.zeros((), dtype=logits.dtype)
     for position in range(1, len(encoded.ids)):
         if encoded.loss_mask[position]:
             total = total - torch.log_softmax(logits[position - 1], 0)[encoded.ids[position]]

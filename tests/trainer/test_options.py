@@ -81,8 +81,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         ),
     ),
     "filter_score": (
-        {"n_keep": 2},
-        {"n_keep": 2, "filter_score": "residual"},
+        {"n_keep": 1, "epochs": 3},
+        {"n_keep": 1, "epochs": 3, "filter_score": "residual"},
         lambda a, b: [d["score"] for d in a.decisions] != [d["score"] for d in b.decisions],
     ),
     "weights": (
