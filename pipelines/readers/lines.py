@@ -158,7 +158,7 @@ def read_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
     parts: list[bytes] = []
     held = size = 0
     blank = True
-    bound = max_bytes + 2  # a carriage return that does not count, and the byte that is too many
+    bound = max_bytes + 1  # room for the carriage return, which does not count
 
     def add(piece: bytes) -> None:
         nonlocal held, size, blank
@@ -168,8 +168,6 @@ def read_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
         if held < bound:
             parts.append(piece[: bound - held])
             held += len(parts[-1])
-            if held == bound:
-                parts[:] = [b"".join(parts)[:_PREFIX_BYTES]]
 
     def line() -> Line:
         nonlocal held, size, blank
@@ -180,7 +178,7 @@ def read_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
         blank = True
         if length == len(data) and data.endswith(b"\r"):
             data, length = data[:-1], length - 1
-        if length <= max_bytes:
+        if length <= max_bytes and length == len(data):
             return Line(data, length)
         return Line(data[:_PREFIX_BYTES], length, False)
 

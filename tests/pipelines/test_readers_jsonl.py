@@ -129,6 +129,15 @@ def test_the_bound_of_a_row_counts_its_bytes_without_the_line_break(line: bytes,
         )
 
 
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("block", [100, 1 << 20])
+def test_the_bound_is_exact_for_rows_of_several_kib(ending: bytes, block: int) -> None:
+    for size, complete in ((3000, True), (3001, False), (3002, False)):
+        data = b"x" * size + ending
+        found = list(lines.read_lines([data[at : at + block] for at in range(0, len(data), block)], 3000))
+        assert [(line.complete, len(line.data)) for line in found] == [(complete, 3000 if complete else 1024)]
+
+
 def test_limit_plans_exactly_the_first_rows(root: str) -> None:
     put(root, "a.jsonl", b"\n" + rows_of(10).replace(b"\n", b"\n\n"))
     put(root, "a.jsonl.gz", gzip.compress(rows_of(10)))
@@ -229,10 +238,15 @@ def test_a_column_that_no_row_has_is_an_error_of_the_plan(root: str) -> None:
 
 
 def test_a_byte_order_mark_is_not_content(root: str) -> None:
-    put(root, "a.jsonl", b"\xef\xbb\xbf" + rows_of(3))
-    put(root, "a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + rows_of(3)))
-    for path in ("a.jsonl", "a.jsonl.gz"):
-        assert [outcome(item) for item in scan_and_read(root, path, spec(unit_tokens=4))] == ["row 0", "row 1", "row 2"]
+    for blank in (b"", b"\n"):
+        put(root, "a.jsonl", b"\xef\xbb\xbf" + blank + rows_of(3))
+        put(root, "a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + blank + rows_of(3)))
+        for path in ("a.jsonl", "a.jsonl.gz"):
+            assert [outcome(item) for item in scan_and_read(root, path, spec(unit_tokens=4))] == [
+                "row 0",
+                "row 1",
+                "row 2",
+            ]
 
 
 def test_empty_files_hold_no_unit_and_an_array_is_pointed_out(root: str) -> None:

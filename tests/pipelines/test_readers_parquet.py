@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -57,17 +58,26 @@ def test_units_are_whole_row_groups_that_fit_and_pieces_of_those_that_do_not(roo
             assert list(read_unit(root, unit, plan)) == whole[unit.row_start : unit.row_start + unit.row_count]
 
 
-@pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_tokens_are_a_quarter_of_the_bytes_of_the_text(root: str, dictionary: bool, noted: bool) -> None:
+def test_tokens_are_a_quarter_of_the_bytes_of_the_text(root: str, dictionary: bool) -> None:
     # 3 texts, 900 times: dictionary encoding would count them once.
     body = ["x" * 400, "y" * 800, "z" * 1200] * 900
     table = pa.table({"text": body, "other": ["o" * 5000] * 2700})
-    put(root, "a.parquet", encode(table, use_dictionary=dictionary, write_statistics=noted))
+    put(root, "a.parquet", encode(table, use_dictionary=dictionary))
     tokens = sum(unit.estimated_tokens for unit in scan(root, "a.parquet", spec())[0])
-    # Exact where the writer noted the bytes, up to the rounding of each of 9 units. Otherwise Parquet adds 4 bytes to a
-    # string of 800, or the first 64 rows are measured, which hold 22, 21 and 21 of the texts.
-    assert tokens == pytest.approx(800 * 2700 / 4, **({"abs": 9} if noted else {"rel": 0.01}))
+    # Exact, up to the rounding of each of 9 units.
+    assert tokens == pytest.approx(800 * 2700 / 4, abs=9)
+
+
+@pytest.mark.parametrize("distinct", [3, 2700])
+def test_tokens_where_the_writer_did_not_note_the_bytes(tmp_path: Path, distinct: int) -> None:
+    path = tmp_path / "a.parquet"
+    query = f"SELECT repeat(chr((97 + i % 3)::INT), 796) || lpad((i % {distinct})::VARCHAR, 4, '0') AS text FROM range(2700) t(i)"
+    duckdb.sql(f"COPY ({query}) TO '{path}' (FORMAT parquet, COMPRESSION uncompressed)")
+    tokens = sum(unit.estimated_tokens for unit in scan(str(tmp_path), "a.parquet", spec())[0])
+    # Parquet adds 4 bytes to a string of 800, and headers to pages; repeated texts are measured.
+    assert tokens == pytest.approx(800 * 2700 / 4, rel=0.01)
+    assert len(scan_and_read(str(tmp_path), "a.parquet", spec())) == 2700
 
 
 def test_a_large_row_group_is_decoded_once_by_a_worker_that_reads_in_order(

@@ -163,6 +163,18 @@ def test_tars_one_behind_the_other_are_read_to_the_end(root: str) -> None:
     assert [outcome(item) for item in scan_and_read(root, "a.tar", spec())][3:] in (["!corrupt"], ["!truncated"])
 
 
+def test_a_file_that_is_no_tar_is_one_reject_of_all_its_bytes(root: str) -> None:
+    body = b"this is no tar\n" * 100
+    put(root, "a.tar", body)
+    units, warnings = scan(root, "a.tar", spec())
+    assert [(unit.byte_start, unit.byte_end, unit.row_count) for unit in units] == [(0, len(body), 1)]
+    assert "corrupt behind 0 samples" in warnings[0]
+    assert [outcome(item) for item in read(root, units, spec())] == ["!corrupt"]
+    put(root, "a.tar", body.upper())
+    with pytest.raises(SourceChanged):
+        list(read_unit(root, units[0], spec()))
+
+
 def test_limit_columns_and_changes(root: str) -> None:
     put(root, "a.tar", tar_bytes(samples(20)))
     assert len(scan_and_read(root, "a.tar", spec(limit=7, unit_tokens=10))) == 7
