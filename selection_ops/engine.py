@@ -71,7 +71,7 @@ class _SiteFunction(torch.autograd.Function):
         # Under autocast the output, and so its gradient, is narrower than the weights; and autocast must not narrow the
         # contraction over tokens.
         with torch.autocast(delta_BTO.device.type, enabled=False):
-            ctx.engine._record(ctx.site, delta_BTO @ ctx.site.out_OR.to(delta_BTO.dtype), projected_BTR)
+            ctx.engine._record(ctx.site, delta_BTO @ ctx.site.out_signs_OR.to(delta_BTO.dtype), projected_BTR)
             grad_BTI = delta_BTO @ weight_OI.to(delta_BTO.dtype) if ctx.needs_input_grad[0] else None
         return grad_BTI, None, None, None, None, None
 
@@ -85,8 +85,18 @@ class _Site:
     index: int
     module: Any
     layout: Any
-    in_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    out_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    in_signs_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    out_signs_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def in_IR(self) -> torch.Tensor:
+        """P_in^T."""
+        return self.in_signs_IR / self.in_signs_IR.shape[1] ** 0.5
+
+    @property
+    def out_OR(self) -> torch.Tensor:
+        """P_out^T."""
+        return self.out_signs_OR / self.out_signs_OR.shape[1] ** 0.5
 
 
 class GradientEngine:
@@ -117,7 +127,7 @@ class GradientEngine:
         self._rank = proj_rank
         self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
         modules = dict(model.named_modules())
-        self._sites: dict[str, _Site] = {}
+        self._sites: list[_Site] = []
         for group in self.input_groups:
             for name in group.sites:
                 layout = layout_of(modules[name]) if name in modules else None
@@ -125,7 +135,7 @@ class GradientEngine:
                     raise InputError(
                         f"{type(model).__name__} has no site {name!r}; the scoring was declared for another architecture"
                     )
-                self._sites[name] = _Site(name, group.name, len(self._sites), modules[name], layout)
+                self._sites.append(_Site(name, group.name, len(self._sites), modules[name], layout))
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._make_projections()
         self._route = HeadRoute(model)
@@ -144,7 +154,7 @@ class GradientEngine:
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of their sketches."""
-        return tuple(self._sites)
+        return tuple(site.name for site in self._sites)
 
     def _make_projections(self) -> None:
         """Projections where the parameters are, in their arithmetic; made again only when the model has moved."""
@@ -154,12 +164,12 @@ class GradientEngine:
             return
         self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         shared: dict[str, torch.Tensor] = {}
-        for site in self._sites.values():
+        for site in self._sites:
             outputs, inputs = site.layout.sizes(site.module)
             if site.group not in shared:
                 signs_RI = input_signs(self._spec, site.group, inputs, parameter.device)
                 shared[site.group] = signs_RI.T.to(parameter.dtype).contiguous()
-            site.in_IR = shared[site.group]
+            site.in_signs_IR = shared[site.group]
             site.out_OR = (
                 output_signs(self._spec, site.name, outputs, parameter.device).T.to(parameter.dtype).contiguous()
             )
@@ -178,7 +188,7 @@ class GradientEngine:
             embedding = self.model.get_input_embeddings()
             handle = embedding.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
             stack.callback(handle.remove)
-            for site in self._sites.values():
+            for site in self._sites:
                 stack.callback(_restore_forward, site.module, dict(site.module.__dict__))
                 site.module.__dict__["forward"] = self._forward_of(site)
             self._open = stack.pop_all()
@@ -198,7 +208,7 @@ class GradientEngine:
             held = self._projected.get(site.group)
             # A weak reference: what is kept until backward is the projected input, not the input.
             if held is None or held[0]() is not x_BTI:
-                held = weakref.ref(x_BTI), x_BTI.detach() @ site.in_IR
+                held = weakref.ref(x_BTI), x_BTI.detach() @ site.in_signs_IR
                 self._projected[site.group] = held
             return _SiteFunction.apply(x_BTI, site.layout.matrix(site.module), site.module.bias, held[1], site, self)
 
@@ -242,13 +252,13 @@ class GradientEngine:
 
         The same projections as of the samples: with k = 0, the concatenation over `sites` is comparable with `sketch_BK`.
         """
-        if site not in self._sites:
+        found = next((known for known in self._sites if known.name == site), None)
+        if found is None:
             raise InputError(
                 f"no site {site!r} among the {len(self._sites)} attributed: {', '.join(self.sites[:4])}, ..."
             )
-        found = self._sites[site]
-        left_RI = found.out_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
-        return left_RI @ found.in_IR.to(self._wide) / self._rank
+        left_RI = found.out_signs_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
+        return left_RI @ found.in_signs_IR.to(self._wide) / self._rank
 
 
 def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:
