@@ -178,7 +178,7 @@ def read_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
         blank = True
         if length == len(data) and data.endswith(b"\r"):
             data, length = data[:-1], length - 1
-        if length <= max_bytes and length == len(data):
+        if length <= max_bytes:
             return Line(data, length)
         return Line(data[:_PREFIX_BYTES], length, False)
 

@@ -74,10 +74,7 @@ class _Group:
     key: str = ""
     members: list[tuple[str, _Member]] = dataclasses.field(default_factory=list)
     broken: _Broken | None = None
-
-    @property
-    def body_bytes(self) -> int:
-        return sum(member.size for extension, member in self.members if extension in _BODIES)
+    body_bytes: int = 0
 
 
 def _number(field: bytes) -> int:
@@ -88,9 +85,11 @@ def _number(field: bytes) -> int:
             raise ValueError("negative")
         return value
     text = field.split(b"\0", 1)[0].strip()
-    if text and (not text.isdigit() or b"8" in text or b"9" in text):
+    if text.isdigit():
+        return int(text, 8)
+    if text:
         raise ValueError("not octal")
-    return int(text or b"0", 8)
+    return 0
 
 
 def _name(data: bytes) -> str:
@@ -204,6 +203,7 @@ def _groups(view: RangeView) -> Iterator[_Group]:
                     yield group
                 group = _Group(member.start, member.end, key)
             group.members.append((extension, member))
+            group.body_bytes += member.size if extension in _BODIES else 0
             group.end = member.end
     except _Broken as broken:
         start = view.start
