@@ -190,7 +190,18 @@ def _head(reader: pa.RecordBatchReader, limit: int | None) -> pa.Table:
             break
         batches.append(batch)
         rows += batch.num_rows
-    return pa.Table.from_batches(batches, schema=reader.schema)
+    return _plain_integers(pa.Table.from_batches(batches, schema=reader.schema))
+
+
+def _plain_integers(table: pa.Table) -> pa.Table:
+    """Sums of integers come as 38-digit decimals: 64-bit integers again, where they fit."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type) and field.type.scale == 0:
+            try:
+                table = table.set_column(number, field.name, table.column(number).cast(pa.int64()))
+            except pa.ArrowInvalid:
+                continue
+    return table
 
 
 def ask(run: Run, sql: str, limit: int | None = None) -> Answer:

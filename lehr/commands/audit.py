@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from lehr.options import RunDir
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
@@ -16,7 +18,7 @@ class Command:
     `lehr audit RUN` lists the views; `lehr audit RUN --sql "DESCRIBE selections"` lists the columns of one.
     """
 
-    run_dir: tyro.conf.Positional[str] = ""
+    run_dir: RunDir = ""
     """Run directory: a path or any fsspec URL."""
     sql: str = ""
     """One SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES or EXPLAIN statement over the views."""

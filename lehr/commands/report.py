@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import tyro
+from lehr.options import RunDir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class Command:
     lineage. What does not exist yet is left out. The page loads nothing from anywhere.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory: a path or any fsspec URL."""
     name: str = "report"
     """Name of the page: RUN/reports/NAME.html."""

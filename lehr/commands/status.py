@@ -8,6 +8,8 @@ import time
 
 import tyro
 
+from lehr.options import RunDir
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
@@ -15,7 +17,7 @@ class Command:
     from any machine that can read the run, while others are working on it.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory: a path or any fsspec URL."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON instead, missing units included."""

@@ -6,6 +6,8 @@ import dataclasses
 
 import tyro
 
+from lehr.options import RunDir
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
@@ -13,7 +15,7 @@ class Command:
     candidates row for row, ranks, shards, journals. Exit status 1 where something is wrong.
     """
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: RunDir
     """Run directory: a path or any fsspec URL."""
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compare sizes and footers instead of hashing every file; shards are not opened."""

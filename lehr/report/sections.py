@@ -285,6 +285,8 @@ def _diagnostic(solution: dict[str, Any], key: str) -> Any:
 def selections_table(data: ReportData) -> dict[str, Any]:
     """One row a selection: budget, cosines, bound, rank, what was left out; then everything else it says about itself."""
     rows, details = [], []
+    warnings: dict[str, list[str]] = {}
+    known = {str(w) for target in data.targets for w in target.summary.get("geometry", {}).get("warnings", [])}
     for selection in _primary_first(data):
         reasons = {row["reason"]: row["samples"] for row in selection.reasons}
         solution = selection.solution
@@ -296,7 +298,7 @@ def selections_table(data: ReportData) -> dict[str, Any]:
                 "cells": [
                     number(selection.samples),
                     compact(selection.tokens),
-                    *(number(_diagnostic(solution, key)) for key in LABELS),
+                    *(_fixed(_diagnostic(solution, key), 1 if key == "effective_rank" else 3) for key in LABELS),
                     number(sum(v for k, v in reasons.items() if k.startswith("duplicate"))),
                     number(sum(v for k, v in reasons.items() if k.startswith("overlap"))),
                 ],
@@ -308,14 +310,20 @@ def selections_table(data: ReportData) -> dict[str, Any]:
             for key, value in flatten(_brief(solution.get(section, {})), section)
             if key.removeprefix("diagnostics.") not in LABELS
         ]
-        details.append(
-            {"name": selection.name, "pairs": pairs[:200], "warnings": [str(w) for w in solution.get("warnings", [])]}
-        )
+        details.append({"name": selection.name, "pairs": pairs[:200]})
+        for warning in solution.get("warnings", []):
+            if str(warning) not in known:
+                warnings.setdefault(str(warning), []).append(selection.name)
     columns = ["samples", "tokens", *LABELS.values(), "duplicates dropped", "overlap left out"]
     held = [i for i in range(len(columns)) if any(row["cells"][i] != "–" for row in rows)]
     for row in rows:
         row["cells"] = [row["cells"][i] for i in held]
-    return {"columns": [columns[i] for i in held], "rows": rows, "details": details}
+    said = [{"names": ", ".join(names), "text": warning} for warning, names in warnings.items()]
+    return {"columns": [columns[i] for i in held], "rows": rows, "details": details, "warnings": said}
+
+
+def _fixed(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) and math.isfinite(value) else "–"
 
 
 _SHOWN_ELSEWHERE = ("domains", "target", "supply_curve")

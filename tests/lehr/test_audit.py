@@ -319,6 +319,13 @@ def test_limit_and_formats(run: Run, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "redundancy" in capfd.readouterr().out
 
 
+def test_sums_of_integers_are_integers(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT sum(row_count) AS n, 2::HUGEINT ** 100 > 0 AS huge, 170141183460469231731687303715884105727 AS most FROM plan"
+    assert rows(run, sql)[0]["n"] == 120
+    assert main(["audit", run.url, "--sql", sql, "--format", "json"]) == 0
+    assert json.loads(capfd.readouterr().out) == [{"n": 120, "huge": True, "most": str(2**127 - 1)}]
+
+
 def test_terminal_table_shows_controls_instead_of_obeying_them(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     sql = "SELECT DISTINCT preview FROM features WHERE preview LIKE 'control%' OR preview LIKE '%override%'"
     assert main(["audit", run.url, "--sql", sql]) == 0
