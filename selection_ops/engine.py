@@ -170,7 +170,7 @@ class GradientEngine:
                 signs_RI = input_signs(self._spec, site.group, inputs, parameter.device)
                 shared[site.group] = signs_RI.T.to(parameter.dtype).contiguous()
             site.in_signs_IR = shared[site.group]
-            site.out_OR = (
+            site.out_signs_OR = (
                 output_signs(self._spec, site.name, outputs, parameter.device).T.to(parameter.dtype).contiguous()
             )
         self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide)
