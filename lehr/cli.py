@@ -74,11 +74,6 @@ def shadowed_rooms() -> list[str]:
     return problems
 
 
-def _not_beams_optional_clients(record: logging.LogRecord) -> bool:
-    """Beam warns at import that Google's optional clients are absent; no local run needs them."""
-    return not str(record.msg).startswith("apitools not found")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0 done, 2 an error that the message explains, 75 run again to resume."""
     arguments = list(sys.argv[1:] if argv is None else argv)

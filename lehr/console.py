@@ -25,6 +25,14 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
+class _Done(ProgressColumn):
+    """Tokens done, and how many there are as soon as that is known."""
+
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f" / {task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{total} tokens")
+
+
 class _Rate(ProgressColumn):
     """Tokens per second and time left, over the whole run so far."""
 
@@ -68,7 +76,7 @@ class StageProgress:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f} tokens"),
+            _Done(),
             _Rate(),
             TimeElapsedColumn(),
             console=errors,

@@ -106,6 +106,8 @@ def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> None:
 
 def _supervise(job: Job, execution: Execution, finished: Callable[[], int], tick: Callable[[], None]) -> None:
     """Beam's own local runner hangs when one of its workers is killed; a child process that then ends itself does not."""
+    # A child that ends itself leaves semaphores to the resource tracker, which then says so although it removes them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     context = multiprocessing.get_context("spawn")
     fruitless, before = 0, finished()
     while True:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lehr.console import console, duration
 from lehr.demo.model import prepare_model
-from lehr.demo.pool import DemoCorpus, build_demo
+from lehr.demo.pool import IN_DOMAIN, DemoCorpus, build_demo
 from schemas.errors import LehrError
 from schemas.fingerprint import pretty_json
 from schemas.run import Run
@@ -90,7 +90,7 @@ def run_demo(folder: Path, *, size: str = "small", cache: Path = Path(".cache/de
     )
     _step("obtain the model and the corpora (checked by sha256)")
     model = prepare_model(cache)
-    corpus = build_demo(folder / "corpus", cache, size=settings.size)
+    corpus = build_demo(folder.with_name(f"{folder.name}-corpus"), cache, size=settings.size)
     console.print(f"  pool {corpus.pool_rows:,} rows, target {corpus.target_rows}, held out {corpus.eval_rows}")
     url = str(folder)
     shared = _prepare(url, corpus, model, settings)
@@ -122,7 +122,8 @@ def _estimate(settings: DemoSize) -> float:
 
     dtype = getattr(torch, default_dtype("cuda" if torch.cuda.is_available() else "cpu"))
     a, b = torch.randn(512, 576).to(dtype), torch.randn(576, 1536).to(dtype)
-    a @ b
+    for _ in range(10):
+        a @ b
     start = time.perf_counter()
     for _ in range(20):
         a @ b
@@ -132,7 +133,7 @@ def _estimate(settings: DemoSize) -> float:
     scored = rows * tokens * 4 * 135e6
     trained = settings.seeds * 5 * settings.budget_samples * tokens * 8 * 135e6
     # Real passes reach a fraction of the speed of one large product: attention, norms and small batches take the rest.
-    efficiency = 0.2
+    efficiency = 0.5
     return (scored + trained) / (rate * efficiency) + 20 * settings.seeds * len(ARMS)
 
 
@@ -234,13 +235,13 @@ def _untrained_first(url: str, results: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _read_back(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    from lehr.audit import query
+    from lehr.audit import ask
 
     summary = run.manifest("train", result["training"]).summary
-    share = query(
+    share = ask(
         run,
         f"""
-        SELECT avg(CAST(coalesce(s.extra->>'clean' = 'true' AND s.domain = 'math', false) AS DOUBLE)) AS share
+        SELECT avg(CAST(coalesce(s.extra->>'clean' = 'true' AND s.domain = '{IN_DOMAIN}', false) AS DOUBLE)) AS share
         FROM decisions d JOIN selections s ON s.sample_id = d.sample_id AND s.selection = '{result["selection"]}'
         WHERE d.training = '{result["training"]}' AND d.kept
         """,
@@ -253,7 +254,7 @@ def _read_back(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         "trained_tokens": summary["trained_tokens"],
         "offered_tokens": summary["offered_tokens"],
         "heldout_set_cosine": solution["diagnostics"]["set_cosine_evaluation"],
-        "clean_in_domain_share": share.to_pylist()[0]["share"],
+        "clean_in_domain_share": share.table.to_pylist()[0]["share"],
     }
 
 
