@@ -54,9 +54,10 @@ def build() -> Any:
     """A Llama of 34.6M parameters, untied, random weights."""
     config = LlamaConfig(
         vocab_size=16_512, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, attn_implementation="eager",
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
+    config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
 
 

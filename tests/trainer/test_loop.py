@@ -310,6 +310,29 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCapt
         assert journal(run, name) == journal(run, "whole")
 
 
+def test_parts_that_no_checkpoint_vouches_for_are_written_anew(tmp_path: Path) -> None:
+    """The checkpoint behind the part of steps 3-4 is torn, and the parts are cut elsewhere from then on: no row stands twice."""
+    run, folder = make_run(tmp_path)
+    train(run, settings(folder, "whole", checkpoint_every=2))
+    with pytest.raises(Stop):
+        train(run, settings(folder, "cut", checkpoint_every=2), stopping(5))
+    (Path(run.path(run.training_folder("cut"))) / "checkpoints/step-00000004/manifest.json").unlink()
+    train(run, settings(folder, "cut", checkpoint_every=1))
+    for table in ("steps", "decisions"):
+        assert journal(run, "cut", table) == journal(run, "whole", table)
+
+
+def test_the_target_batch_is_drawn_anew(world: tuple[Run, Path]) -> None:
+    """The weights stand still, so only another batch can have another loss; every target sample is drawn in time."""
+    run, folder = world
+    train(run, settings(folder, "still", policy="filter-then-weight", lr=0.0, target_batch=3))
+    train(run, settings(folder, "all", policy="filter-then-weight", lr=0.0, target_batch=9))
+    assert len({row["target_loss"] for row in journal(run, "still")}) > 3
+    # All nine each time: one number, but for the order of a float32 sum.
+    losses = [row["target_loss"] for row in journal(run, "all")]
+    assert max(losses) - min(losses) < 1e-5
+
+
 @pytest.mark.parametrize(
     "changes",
     [
