@@ -184,10 +184,17 @@ def read_optimizer(place: str) -> dict[str, Tensor]:
     """Optimizer tensors of a checkpoint folder, or of a safetensors file. Raises `InputError` where there are none."""
     url = place if place.endswith(".safetensors") else join(place, OPTIMIZER_FILE)
     try:
-        tensors = load_tensors(read_bytes(url))
+        data = read_bytes(url)
+        if url != place and exists(join(place, MANIFEST_FILE)):
+            listed = {
+                file["path"]: file["sha256"] for file in orjson.loads(read_bytes(join(place, MANIFEST_FILE)))["files"]
+            }
+            if listed.get(OPTIMIZER_FILE) != sha256(data):
+                raise CorruptFile(f"{url} differs from the manifest of its checkpoint; it is damaged")
+        tensors = load_tensors(data)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer.safetensors") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptFile(f"{url} is not a readable safetensors file ({error})") from error
     if not any(name.endswith(":exp_avg_sq") for name in tensors):
         raise InputError(f"{url} holds no `<parameter>:exp_avg_sq`; it is not an optimizer state")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from schemas.errors import InputError
+from schemas.errors import CorruptFile, InputError
 from schemas.run import Run
 from tests.trainer.streams import make_run
 from tests.trainer.test_loop import journal, settings, weights
@@ -249,6 +249,15 @@ def test_optimizer_state_of_another_model_is_refused(world: tuple[Run, Path], tm
         train(run, settings(folder, "none", optimizer_state=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="it is not an optimizer state"):
         train(run, settings(folder, "weights", optimizer_state=f"{state}/model.safetensors"))
+    damaged = Path(state) / "optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(bytes(data))
+    with pytest.raises(CorruptFile, match=r"optimizer.safetensors differs from the manifest"):
+        train(other_run, settings(other, "damaged", optimizer_state=state))
+    damaged.write_bytes(b"no safetensors")
+    with pytest.raises(CorruptFile, match=r"not a readable safetensors file"):
+        train(other_run, settings(other, "damaged", optimizer_state=str(damaged)))
 
 
 def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
