@@ -103,3 +103,23 @@ def save_tiny_model(folder: Path, kind: str = "llama", *, seed: int = 0, chat_te
     MODELS[kind](seed=seed).save_pretrained(folder)
     tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+class WideNorm(torch.nn.Module):
+    """RMS normalisation in the model's own width: transformers' takes it in float32, whose rounding float64 would show."""
+
+    def __init__(self, weight: torch.nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As Llama's, without the change of width."""
+        return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
+def widen_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with every RMS normalisation in its own width, for tests in float64."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, WideNorm(module.weight, module.variance_epsilon))  # type: ignore[arg-type]
+    return model
