@@ -234,12 +234,18 @@ def stopping(at: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "policy,at",
-    [("full", 3), ("random", 5), ("filter-then-weight", 1), ("filter-then-weight", 2), ("filter-then-weight", 5)],
+    "policy,at,dtype",
+    [
+        ("full", 3, "float32"),
+        ("random", 5, "float32"),
+        ("filter-then-weight", 1, "float32"),
+        ("filter-then-weight", 2, "float32"),
+        ("filter-then-weight", 5, "bfloat16"),
+    ],
 )
-def test_resume_gives_the_same_bytes(tmp_path: Path, policy: str, at: int) -> None:
+def test_resume_gives_the_same_bytes(tmp_path: Path, policy: str, at: int, dtype: str) -> None:
     """A training stopped behind step `at` (before, on and behind a checkpoint) against one that was not, dropout included."""
-    model_changes = {"policy": policy, "checkpoint_every": 2, "eval_every": 3, "epochs": 1, "weight_decay": 0.1}
+    model_changes = {"policy": policy, "checkpoint_every": 2, "eval_every": 3, "dtype": dtype, "weight_decay": 0.1}
     found = []
     for place in ("whole", "cut"):
         run, folder = make_run(tmp_path / place, kind="gpt2")
