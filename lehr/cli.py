@@ -10,13 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Page faults cost up to 10 % of scoring: let glibc keep what it was given instead of returning it after every batch.
-_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "67108864",
-}
-
 ROOMS = ("schemas", "selection_ops", "pipelines", "trainer")
 
 VERBS = {
@@ -93,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problems:
         print("\n".join(f"lehr: {problem}" for problem in problems), file=sys.stderr)
         return EXIT_ERROR
-    for name, value in _ALLOCATOR.items():
-        os.environ.setdefault(name, value)
     logging.basicConfig(
         level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
     )

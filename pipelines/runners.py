@@ -34,7 +34,7 @@ class Job(Protocol):
         """Add the transforms."""
 
 
-def default_workers(model_bytes: int = 0) -> int:
+def default_workers(model_bytes: int) -> int:
     """One worker per visible accelerator; on CPU one per core, each with room for the model and its activations."""
     import torch
 
@@ -51,20 +51,22 @@ def run_job(
     job: Job,
     execution: Execution,
     *,
+    model_bytes: int = 0,
     finished: Callable[[], int],
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `job` to its end, calling `tick` a few times a second.
+    """Run `job` to its end, calling `tick` a few times a second; `model_bytes` are the weights each worker will hold.
 
     `finished` counts the units that stand on storage; a local run whose worker was killed is started again for as long
     as that count grows between two starts. Raises `RunIncomplete` when it no longer does.
     """
+    workers = execution.workers or default_workers(model_bytes)
     if execution.runner != "local":
         _run_remote(job, execution, tick)
-    elif execution.workers == 1:
+    elif workers == 1:
         _in_thread(lambda: _run_local(job, 1, execution.beam_options), tick)
     else:
-        _supervise(job, execution, finished, tick)
+        _supervise(job, workers, execution.beam_options, finished, tick)
 
 
 def _run_local(job: Job, workers: int, beam_options: tuple[str, ...]) -> None:
@@ -104,7 +106,9 @@ def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> None:
         raise failure[0]
 
 
-def _supervise(job: Job, execution: Execution, finished: Callable[[], int], tick: Callable[[], None]) -> None:
+def _supervise(
+    job: Job, workers: int, beam_options: tuple[str, ...], finished: Callable[[], int], tick: Callable[[], None]
+) -> None:
     """Beam's own local runner hangs when one of its workers is killed; a child process that then ends itself does not."""
     # A child that ends itself leaves semaphores to the resource tracker, which then says so although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -112,7 +116,7 @@ def _supervise(job: Job, execution: Execution, finished: Callable[[], int], tick
     fruitless, before = 0, finished()
     while True:
         reader, writer = context.Pipe(duplex=False)
-        arguments = (job, execution.workers, execution.beam_options, os.getpid(), writer)
+        arguments = (job, workers, beam_options, os.getpid(), writer)
         child = context.Process(target=_child, args=arguments, name="lehr-runner")
         child.start()
         writer.close()

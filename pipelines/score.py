@@ -315,7 +315,13 @@ def _run_units(
     name = f"{settings.scoring}-{units[0].unit_id[:8]}-{len(units)}"
     results_url = run.path(f"{run.timings_folder('score', settings.scoring)}/results-{name}.json")
     job = ScoreJob(settings=settings, units=units, results_url=results_url)
-    run_job(job, execution, finished=lambda: _standing(run, settings.scoring, settings.targets, units), tick=tick)
+    run_job(
+        job,
+        execution,
+        model_bytes=run.manifest("scoring", settings.scoring).summary["weight_bytes"],
+        finished=lambda: _standing(run, settings.scoring, settings.targets, units),
+        tick=tick,
+    )
     records = read_results(results_url)
     failed = [records[unit.unit_id] for unit in units if records.get(unit.unit_id, {}).get("error")]
     if failed:

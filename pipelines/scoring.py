@@ -71,6 +71,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
         **numbers,
     )
     return spec, {
+        "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "parameters": report.parameters,
         "attributed_parameters": report.attributed_parameters,
         "attributed_share": report.attributed_parameters / report.parameters,

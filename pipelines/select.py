@@ -140,7 +140,12 @@ def _solution_record(
 ) -> dict[str, Any]:
     diagnostics = dict(solution.diagnostics)
     warnings = list(diagnostics.pop("warnings", []))
-    if data is not None and candidates.unit_NK is not None and len(data.sketches["evaluation"]) and len(solution.order_n):
+    if (
+        data is not None
+        and candidates.unit_NK is not None
+        and len(data.sketches["evaluation"])
+        and len(solution.order_n)
+    ):
         mean = data.sketches["evaluation"].mean(dim=0)
         diagnostics["set_cosine_evaluation"] = set_cosine(
             candidates.unit_NK, candidates.norm_N, solution.order_n, solution.weights_n, mean

@@ -304,7 +304,13 @@ def _score_chunks(
     folder = f"{run.target_folder(settings.target, settings.scoring)}/chunks"
     results_url = run.path(f"{run.timings_folder('target', f'{settings.target}.{settings.scoring}')}/results.json")
     job = _TargetJob(settings=settings, chunks=chunks, results_url=results_url)
-    run_job(job, execution, finished=lambda: len(list_names(run.path(folder), ".parquet")), tick=tick)
+    run_job(
+        job,
+        execution,
+        model_bytes=run.manifest("scoring", settings.scoring).summary["weight_bytes"],
+        finished=lambda: len(list_names(run.path(folder), ".parquet")),
+        tick=tick,
+    )
     records = read_results(results_url)
     errors = list(dict.fromkeys(record["error"] for record in records.values() if record.get("error")))
     if errors:
