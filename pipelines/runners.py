@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -112,39 +113,62 @@ def _supervise(
     """Beam's own local runner hangs when one of its workers is killed; a child process that then ends itself does not."""
     # A child that ends itself leaves semaphores to the resource tracker, which then says so although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    context = multiprocessing.get_context("spawn")
     fruitless, before = 0, finished()
-    while True:
-        reader, writer = context.Pipe(duplex=False)
-        arguments = (job, workers, beam_options, os.getpid(), writer)
-        child = context.Process(target=_child, args=arguments, name="lehr-runner")
-        child.start()
-        writer.close()
+    with tempfile.TemporaryDirectory(prefix="lehr-workers-") as folder:
+        log_path = os.path.join(folder, "log")
+        while (status := _attempt(job, workers, beam_options, log_path, tick)) != 0:
+            after = finished()
+            fruitless = 0 if after > before else fruitless + 1
+            if fruitless > _MAX_FRUITLESS:
+                raise RunIncomplete(
+                    f"workers were killed {fruitless} times without one more unit finished (exit status {status}); "
+                    "most often memory: use fewer --workers or smaller --batch-tokens, then run the same command again"
+                )
+            log.warning("a worker process was lost; %d units stand, starting again", after)
+            before = after
+
+
+def _attempt(job: Job, workers: int, beam_options: tuple[str, ...], log_path: str, tick: Callable[[], None]) -> int:
+    """Run the job in a child process; returns its exit status. Raises `LehrError` with what a failed job said."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    arguments = (job, workers, beam_options, os.getpid(), log_path, writer)
+    child = context.Process(target=_child, args=arguments, name="lehr-runner")
+    child.start()
+    writer.close()
+    try:
+        while child.is_alive():
+            child.join(_TICK_S)
+            tick()
+    except BaseException:
+        child.kill()
+        child.join()
+        raise
+    if child.exitcode and reader.poll():
         try:
-            while child.is_alive():
-                child.join(_TICK_S)
-                tick()
-        except BaseException:
-            child.kill()
-            child.join()
-            raise
-        if child.exitcode == 0:
-            return
-        if reader.poll():
-            raise LehrError(f"the local pipeline failed: {reader.recv()}")
-        after = finished()
-        fruitless = 0 if after > before else fruitless + 1
-        if fruitless > _MAX_FRUITLESS:
-            raise RunIncomplete(
-                f"workers were killed {fruitless} times without one more unit finished (exit status {child.exitcode}); "
-                "most often memory: use fewer --workers or smaller --batch-tokens, then run the same command again"
-            )
-        log.warning("a worker process was lost; %d units stand, starting again", after)
-        before = after
+            message = reader.recv()
+        except EOFError:  # killed before it could say anything
+            return child.exitcode
+        raise LehrError(f"the local pipeline failed: {message}\n{_tail(log_path)}")
+    return child.exitcode or 0
 
 
-def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, writer: Any) -> None:
+def _tail(path: str, size: int = 2000) -> str:
+    """The end of what the workers wrote."""
+    try:
+        with open(path, errors="replace") as handle:
+            return handle.read()[-size:]
+    except FileNotFoundError:
+        return ""
+
+
+def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, log_path: str, writer: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if os.environ.get("LEHR_LOG", "warning").lower() not in ("info", "debug"):
+        # Beam's workers narrate their start on stderr, over the progress bar; the file is shown when something fails.
+        with open(log_path, "ab") as handle:
+            os.dup2(handle.fileno(), 1)
+            os.dup2(handle.fileno(), 2)
 
     def guard(arguments: threading.ExceptHookArgs) -> None:
         if "Worker subprocess exited" in str(arguments.exc_value):

@@ -110,7 +110,9 @@ def run_demo(folder: Path, *, size: str = "small", cache: Path = Path(".cache/de
     }
     write_whole(f"{url}/results.json", pretty_json(record))
     _print_table(record, settings)
-    console.print(f"Took {duration(time.monotonic() - started)}. Report: {url}/reports/report.html. Table: {url}/results.json")
+    console.print(
+        f"Took {duration(time.monotonic() - started)}. Report: {url}/reports/report.html. Table: {url}/results.json"
+    )
     return record
 
 
@@ -147,7 +149,9 @@ def _lehr(*arguments: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run([sys.executable, "-m", "lehr", *arguments], env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if process.returncode:
-        raise LehrError(f"`lehr {arguments[0]}` ended with status {process.returncode}; the demo stops here. Run it again to resume")
+        raise LehrError(
+            f"`lehr {arguments[0]}` ended with status {process.returncode}; the demo stops here. Run it again to resume"
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
 
@@ -166,7 +170,18 @@ def _prepare(url: str, corpus: DemoCorpus, model: Path, settings: DemoSize) -> d
     _step("score the corpus")
     seconds["score"] = _lehr("score", url)
     _step("warm the optimizer's second moment on four random batches, at learning rate 0")
-    warm = ["--selector", "random", "--samples", str(4 * STEP_SAMPLES), "--seed", "1", "--name", "warmup", "--target", TARGET]
+    warm = [
+        "--selector",
+        "random",
+        "--samples",
+        str(4 * STEP_SAMPLES),
+        "--seed",
+        "1",
+        "--name",
+        "warmup",
+        "--target",
+        TARGET,
+    ]
     seconds["warmup"] = _lehr("select", url, *warm) + _lehr("export", url, "--selection", "warmup")
     seconds["warmup"] += _lehr(
         "train", url, "--stream", "warmup", "--name", "warmup", "--model", str(model), "--policy", "full",
@@ -283,7 +298,14 @@ def _processor() -> str:
 def _print_table(record: dict[str, Any], settings: DemoSize) -> None:
     table = Table(title=f"Held-out GSM8K loss after {record['budget_tokens']:,} trained tokens", title_justify="left")
     table.add_column("arm")
-    for name in ("held-out loss", "trained tokens", "offered tokens", "CPU s", "held-out set cosine", "clean in-domain"):
+    for name in (
+        "held-out loss",
+        "trained tokens",
+        "offered tokens",
+        "CPU s",
+        "held-out set cosine",
+        "clean in-domain",
+    ):
         table.add_column(name, justify="right")
     for arm in record["arms"]:
         name = arm["name"] + (f" (seed {arm['seed']})" if settings.seeds > 1 and arm["trained_tokens"] else "")
@@ -300,7 +322,11 @@ def _print_table(record: dict[str, Any], settings: DemoSize) -> None:
     console.print(table)
     console.print(
         "One model, one target, one pool"
-        + (", one seed: differences below about 0.015 are noise. " if settings.seeds == 1 else ": see the spread over seeds. ")
+        + (
+            ", one seed: differences below about 0.015 are noise. "
+            if settings.seeds == 1
+            else ": see the spread over seeds. "
+        )
         + "CPU s of an arm includes plan, target and score where the arm needs them."
     )
 
