@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from schemas.errors import InputError
@@ -44,7 +45,7 @@ _TOKENIZER = (
 )
 _TOKENIZER_BODY = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _FETCHED = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja")
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

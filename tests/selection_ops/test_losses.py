@@ -38,8 +38,9 @@ def gemma() -> Any:
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, final_logit_softcapping=2.0, initializer_range=0.2, attn_implementation="eager",
+        num_key_value_heads=2, final_logit_softcapping=2.0, initializer_range=0.2,
     )  # fmt: skip
+    config._attn_implementation = "eager"
     return Gemma2ForCausalLM(config).eval()
 
 
