@@ -79,8 +79,7 @@ def read_bytes(url: str) -> bytes:
         raise _cannot("read", url, error) from error
 
 
-def list_names(url: str, suffix: str = "") -> list[str]:
-    """Sorted names of the finished files directly in folder `url`; empty where there is no such folder."""
+def _names(url: str, kind: str) -> list[str]:
     fs, path = filesystem(url)
     fs.invalidate_cache(path)
     try:
@@ -89,21 +88,17 @@ def list_names(url: str, suffix: str = "") -> list[str]:
         return []
     except OSError as error:
         raise _cannot("list", url, error) from error
-    names = {posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "file"}
-    return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY_PREFIX))
+    return sorted({posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == kind})
+
+
+def list_names(url: str, suffix: str = "") -> list[str]:
+    """Sorted names of the finished files directly in folder `url`; empty where there is no such folder."""
+    return [name for name in _names(url, "file") if name.endswith(suffix) and not name.startswith(TEMPORARY_PREFIX)]
 
 
 def list_folders(url: str) -> list[str]:
     """Sorted names of the folders directly in folder `url`; empty where there is no such folder."""
-    fs, path = filesystem(url)
-    fs.invalidate_cache(path)
-    try:
-        entries = fs.ls(path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise _cannot("list", url, error) from error
-    return sorted({posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"})
+    return _names(url, "directory")
 
 
 def write_whole(url: str, data: bytes, *, create_only: bool = False) -> None:

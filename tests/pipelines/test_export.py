@@ -12,25 +12,15 @@ import webdataset
 from pipelines.export import export
 from pipelines.select import run_select
 from schemas.errors import CorruptFile, SourceChanged
-from schemas.run import Run
 from schemas.shards import read_index, read_shard
 from selection_ops.selectors import Budget, SelectorSettings
 from tests.pipelines.test_select import selection
-from tests.pipelines.worlds import IN_PROCESS, World, make_world, tree_hashes
+from tests.pipelines.worlds import IN_PROCESS, World, copy_world, make_world, tree_hashes
 
 
 @pytest.fixture
 def world(selected: World, tmp_path: Path) -> World:
-    shutil.copytree(selected.folder, tmp_path / "w")
-    folder = tmp_path / "w"
-    record = json.loads((folder / "run" / "run.json").read_text())
-    record["root"] = str(folder / "corpus")
-    (folder / "run" / "run.json").write_text(json.dumps(record))
-    (folder / "run/timings/scoring/base/model.json").write_text(
-        json.dumps({"model": str(folder / "model"), "revision": None})
-    )
-    run = Run.open(str(folder / "run"))
-    return World(folder, folder / "corpus", folder / "target.jsonl", folder / "eval.jsonl", folder / "model", run)
+    return copy_world(selected, tmp_path / "w")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from schemas.errors import InputError, LehrError
 from schemas.parquet import decode_table, read_part, read_table
 from schemas.run import Run
 from schemas.units import read_plan
-from tests.pipelines.worlds import IN_PROCESS, World, make_world, tree_hashes
+from tests.pipelines.worlds import IN_PROCESS, World, copy_world, make_world, tree_hashes
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def world(scored: World, tmp_path: Path) -> World:
     """A copy of the scored world that a test may damage."""
-    shutil.copytree(scored.folder, tmp_path / "w")
-    folder = tmp_path / "w"
-    record = json.loads((folder / "run" / "run.json").read_text())
-    record["root"] = str(folder / "corpus")
-    (folder / "run" / "run.json").write_text(json.dumps(record))
-    run = Run.open(str(folder / "run"))
-    return World(folder, folder / "corpus", folder / "target.jsonl", folder / "eval.jsonl", folder / "model", run)
+    return copy_world(scored, tmp_path / "w")
 
 
 def features_of(run: Run) -> pa.Table:

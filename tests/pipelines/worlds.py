@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -153,3 +154,15 @@ def tree_hashes(folder: Path, *, without: tuple[str, ...] = ("timings", "chunks"
         if path.is_file() and not set(relative.parts) & set(without) and relative.name != "run.json":
             found[str(relative)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def copy_world(world: World, folder: Path) -> World:
+    """A copy of a world, run and all, that a test may damage."""
+    shutil.copytree(world.folder, folder)
+    record = json.loads((folder / "run" / "run.json").read_text())
+    record["root"] = str(folder / "corpus")
+    (folder / "run" / "run.json").write_text(json.dumps(record))
+    location = {"model": str(folder / "model"), "revision": None}
+    (folder / "run/timings/scoring/base/model.json").write_text(json.dumps(location))
+    run = Run.open(str(folder / "run"))
+    return World(folder, folder / "corpus", folder / "target.jsonl", folder / "eval.jsonl", folder / "model", run)
