@@ -54,7 +54,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
-    attention = options.attention or default_attention(device)
+    attention = options.attention or default_attention(device, dtype)
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model)
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}

@@ -84,7 +84,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = settings.dtype or default_dtype(device)
-    attention = settings.attention or default_attention(device)
+    attention = settings.attention or default_attention(device, dtype)
     with quiet():
         loaded = load_model(
             settings.model,
