@@ -12,7 +12,7 @@ from typing import Any
 import apache_beam as beam
 import orjson
 
-from schemas.errors import RunIncomplete
+from schemas.errors import LehrError, RunIncomplete
 from schemas.storage import read_bytes, write_whole
 
 
@@ -22,7 +22,12 @@ class _Write(beam.DoFn):
 
     def process(self, element: tuple[None, Iterable[dict[str, Any]]]) -> Iterator[int]:
         records = sorted(element[1], key=lambda record: str(record["key"]))
-        write_whole(self._url, orjson.dumps(records))
+        try:
+            write_whole(self._url, orjson.dumps(records))
+        except LehrError as error:
+            # What went wrong in the work itself says more than that it cannot be written down.
+            first = next((record["error"] for record in records if record.get("error")), str(error))
+            raise LehrError(first) from error
         yield len(records)
 
 

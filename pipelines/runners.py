@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import tempfile
 import threading
 import time
@@ -26,6 +27,8 @@ _IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WORKER_LOST = 75
 _MAX_FRUITLESS = 2
 _TICK_S = 0.25
+_STEP = re.compile(r" \[while running '[^']*'\]")
+_RAISED = re.compile(r"^schemas\.errors\.\w+: ", re.MULTILINE)
 
 
 class Job(Protocol):
@@ -104,7 +107,18 @@ def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> None:
         thread.join(_TICK_S)
         tick()
     if failure:
-        raise failure[0]
+        raise explained(failure[0]) or failure[0]
+
+
+def explained(error: BaseException) -> LehrError | None:
+    """The `LehrError` that a worker raised, if that is what ended the job, without Beam's remark on the step.
+
+    From another process it arrives as the last words of a traceback's text.
+    """
+    if isinstance(error, LehrError):
+        return type(error)(_STEP.sub("", str(error)))
+    last = [match.end() for match in _RAISED.finditer(str(error))]
+    return LehrError(_STEP.split(str(error)[last[-1] :])[0].strip()) if last else None
 
 
 def _supervise(
@@ -146,9 +160,11 @@ def _attempt(job: Job, workers: int, beam_options: tuple[str, ...], log_path: st
         raise
     if child.exitcode and reader.poll():
         try:
-            message = reader.recv()
+            explanation, message = reader.recv()
         except EOFError:  # killed before it could say anything
             return child.exitcode
+        if explanation:
+            raise LehrError(explanation)
         raise LehrError(f"the local pipeline failed: {message}\n{_tail(log_path)}")
     return child.exitcode or 0
 
@@ -187,6 +203,6 @@ def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, l
     except BaseException as error:
         if "Worker subprocess exited" in str(error):
             os._exit(_WORKER_LOST)
-        writer.send(f"{type(error).__name__}: {error}"[-4000:])
+        writer.send((str(explained(error) or ""), f"{type(error).__name__}: {error}"[-4000:]))
         os._exit(1)
     os._exit(0)

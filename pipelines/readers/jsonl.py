@@ -66,6 +66,8 @@ class JsonlReader:
                 estimated_tokens=-(-(cut.end - cut.start) // BYTES_PER_TOKEN),
             )
             first_row += cut.rows
+        if not first_row:
+            warn(f"{source.url} holds no row")
 
     def rows(self, root: str, unit: WorkUnit, spec: PlanSpec) -> Iterator[Item]:
         """See `Reader.rows`. Reasons: invalid_json, invalid_utf8, not_an_object, too_deep, row_too_large, truncated,
