@@ -4,10 +4,10 @@ For a site y = W a, the gradient of a sample's loss with respect to W is the sum
 of y. Its sketch P_out (sum d a^T) P_in^T = sum (P_out d)(P_in a)^T is formed in backward from factors of R numbers each
 (LoGra, arXiv 2405.13954, section 3). The weight gradients themselves, 2 of the 6 FLOPs per parameter and token, are never formed.
 
-Where the time goes (one core, random Llamas of 35M and 135M, `benchmarks/scoring.py`): forward with a backward that only reaches
-the inputs is 0.66-0.67 of a plain forward + backward in float32; projecting and contracting adds 0.015-0.03, folding nothing that can
-be measured. So the engine is at its bound, and speed is a matter of the arithmetic (bfloat16 where the hardware has it takes a third
-of the time), of the attention backward (`model.default_attention`), and of padding.
+Where the time goes (one core with AVX-512 bf16, random Llamas of 35M and 135M, `benchmarks/scoring.py`): of a plain forward + backward
+in float32, a forward with a backward that only reaches the inputs is 0.69 and 0.63; projecting, contracting and folding add 0.03. bfloat16
+takes a third of the time of float32, and the same share of its own plain pass. So the engine stands at its bound, and what is left
+to gain lies in the arithmetic, the attention backward (`model.default_attention`) and padding, not here.
 
 Legend: B samples, T tokens, I inputs and O outputs of a site, R projection rank, S all sites' R x R sketches side by side,
 K sketch dimension.
