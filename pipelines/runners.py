@@ -85,7 +85,7 @@ def _run_local(job: Job, workers: int, beam_options: tuple[str, ...]) -> None:
 def _run_remote(job: Job, execution: Execution, tick: Callable[[], None]) -> None:
     try:
         pipeline = beam.Pipeline(options=PipelineOptions([f"--runner={execution.runner}", *execution.beam_options]))
-    except ValueError as error:
+    except (ValueError, ImportError, AttributeError) as error:
         raise InputError(f"Beam does not know the runner {execution.runner!r}: {error}") from error
     job.build(pipeline)
     _in_thread(lambda: pipeline.run().wait_until_finish(), tick)

@@ -55,6 +55,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
     attention = options.attention or default_attention(device, dtype)
+    batch_tokens = (4096 if device == "cuda" else 1024) if options.batch_tokens is None else options.batch_tokens
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model)
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
@@ -67,7 +68,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
         input_groups=report.input_groups,
         dtype=dtype,
         attention=attention,
-        batch_tokens=options.batch_tokens or (4096 if device == "cuda" else 1024),
+        batch_tokens=batch_tokens,
         **numbers,
     )
     return spec, {

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import logging
 import os
 import random
 import resource
@@ -63,7 +64,13 @@ def lehr(capfd: pytest.CaptureFixture[str]) -> Command:
 
     def run(*arguments: object) -> Answer:
         capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
+        # As `logging.basicConfig` does, which does nothing where pytest has installed its own handlers.
+        handler = logging.StreamHandler()
+        logging.getLogger().addHandler(handler)
+        try:
+            status = main([str(argument) for argument in arguments])
+        finally:
+            logging.getLogger().removeHandler(handler)
         out, error = capfd.readouterr()
         assert "Traceback" not in out + error, error
         return Answer(status, out, error)
@@ -298,9 +305,10 @@ def test_a_model_that_cannot_be_used_is_named_with_the_reason(
     assert not Path(described.run.path("stages/scoring/other.json")).exists()
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("verb", ["score", "export"])
 def test_a_model_that_is_gone_by_now_is_named(
-    described: World, finished: World, tmp_path: Path, lehr: Command, verb: str
+    described: World, finished: World, tmp_path: Path, lehr: Command, verb: str, workers: int
 ) -> None:
     """The scoring is declared; the workers find nothing where its model lay."""
     run = tmp_path / "run"
@@ -308,10 +316,11 @@ def test_a_model_that_is_gone_by_now_is_named(
     shutil.rmtree(run / "streams", ignore_errors=True)
     location = run / "timings/scoring/base/model.json"
     location.write_text(json.dumps({"model": str(tmp_path / "gone"), "revision": None}))
-    options = ["--selection", "s"] if verb == "export" else ["--workers", "1"]
-    answer = lehr(verb, run, *options)
+    options = ["--selection", "s"] if verb == "export" else []
+    answer = lehr(verb, run, *options, "--workers", workers)
     assert answer.status == EXIT_ERROR
     assert str(tmp_path / "gone") in answer.error and "no such folder" in answer.error
+    assert "while running" not in answer.error
 
 
 # Targets.
