@@ -67,6 +67,7 @@ class Toy(nn.Module):
         self.embedding = nn.Embedding(9, 4)
         self.head = nn.Linear(4, 9)
         self.good, self.idle, self.flat = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.halves = nn.Linear(2, 2)
         self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
         self.two.weight = self.one.weight
 
@@ -79,6 +80,7 @@ class Toy(nn.Module):
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
         hidden = self.good(input=self.embedding(input_ids))
         hidden = self.flat(hidden.reshape(-1, 4)).reshape(hidden.shape)
+        hidden = self.halves(hidden.reshape(*hidden.shape[:2], 2, 2)).reshape(hidden.shape)
         return self.head(self.two(self.one(hidden)))
 
 
@@ -88,6 +90,7 @@ def test_what_cannot_be_a_site_is_listed_with_its_reason() -> None:
     reasons = report.unattributed
     assert "did not run" in reasons["idle.weight"]
     assert "[6, 4]" in reasons["flat.weight"]
+    assert "[2, 3, 2, 2]" in reasons["halves.weight"]
     assert "shared by one, two" in reasons["one.weight"]
     assert "bias" in reasons["good.bias"]
     assert "embedding or head" in reasons["embedding.weight"]
