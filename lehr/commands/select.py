@@ -9,6 +9,17 @@ import tyro
 from lehr.options import RunDir
 from selection_ops.selectors.settings import SelectorSettings
 
+CERTIFICATE = ("limit", "cost", "smallest_feasible_limit", "limit_raised_by", "converged")
+DIAGNOSTICS = (
+    "set_cosine",
+    "set_cosine_heldout",
+    "set_cosine_evaluation",
+    "set_cosine_bound",
+    "effective_rank",
+    "supply_peak",
+)
+"""What is printed of a solution; the file holds everything."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
@@ -58,12 +69,14 @@ class Command:
         for key, count in report.solution["counts"].items():
             if key != "selected":
                 rows.append((key.replace("_", " "), count))
-        for part in ("certificate", "diagnostics"):
-            for key, value in report.solution[part].items():
-                if isinstance(value, int | float | str):
+        for part, keys in (("certificate", CERTIFICATE), ("diagnostics", DIAGNOSTICS)):
+            for key in keys:
+                value = report.solution[part].get(key)
+                if value is not None:
                     rows.append((key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value))
         console.print(pairs(f"selection {name}", rows))
         for warning in report.solution["warnings"]:
             console.print(f"note: {warning}", markup=False)
+        console.print(f"All numbers: {run.path(run.selection_folder(name))}/solution.json")
         console.print(f"Next: lehr export {self.run_dir} --selection {name}")
         return 0

@@ -26,6 +26,8 @@ from schemas.storage import write_whole
 
 TARGET = "gsm8k"
 STEP_SAMPLES = 8
+EPOCHS = 2
+"""Passes an arm may make: a set of short samples begins again until it has spent the token budget of all arms."""
 OFFERED = 2
 """Filter-then-weight is offered this many times what it trains on."""
 
@@ -207,7 +209,7 @@ def _run_arm(
     training = f"{selection}-{arm.policy}-seed{seed}"
     seconds = 0.0
     seconds += _lehr(
-        "select", url, "--selector", arm.selector, "--target", TARGET, "--tokens", str(arm.offered * budget),
+        "select", url, "--selector", arm.selector, "--target", TARGET, "--samples", str(arm.offered * settings.budget_samples),
         "--name", selection, "--seed", str(seed if arm.selector == "random" else 0), *arm.select_options,
     )  # fmt: skip
     seconds += _lehr("export", url, "--selection", selection)
@@ -215,7 +217,7 @@ def _run_arm(
     keep = ["--n-keep", str(STEP_SAMPLES)] if arm.offered > 1 else []
     seconds += _lehr(
         "train", url, "--stream", selection, "--name", training, "--model", str(model), "--policy", arm.policy,
-        "--candidates", str(arm.offered * STEP_SAMPLES), *keep, "--token-budget", str(budget),
+        "--candidates", str(arm.offered * STEP_SAMPLES), *keep, "--token-budget", str(budget), "--epochs", str(EPOCHS),
         "--lr", str(settings.learning_rate), "--optimizer-state", state, "--seed", str(seed), *arm.train_options,
     )  # fmt: skip
     # Every arm but random needs the target described and the corpus scored; random needs neither.
