@@ -17,7 +17,7 @@ from pipelines.geometry import read_target
 from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import run_job
+from pipelines.runners import end_with_supervisor, run_job
 from pipelines.scorer import load_encoder
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete, SourceChanged
@@ -132,6 +132,7 @@ class _ReadSelected(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
+        end_with_supervisor()
         settings = self._settings
         self._reader = self._shared.acquire(lambda: _UnitReader(settings))
 

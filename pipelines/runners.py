@@ -5,6 +5,8 @@ No runner's final state is taken as proof of anything here: a stage compares wha
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import logging
 import multiprocessing
 import os
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WORKER_LOST = 75
+_LOCK = "LEHR_SUPERVISOR_LOCK"
 _MAX_FRUITLESS = 2
 _TICK_S = 0.25
 _STEP = re.compile(r" \[while running '[^']*'\]")
@@ -198,6 +201,8 @@ def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, l
 
     threading.excepthook = guard
     threading.Thread(target=follow_parent, daemon=True).start()
+    os.environ[_LOCK] = f"{log_path}.{os.getpid()}.lock"
+    fcntl.flock(os.open(os.environ[_LOCK], os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
     try:
         _run_local(job, workers, beam_options)
     except BaseException as error:
@@ -206,3 +211,24 @@ def _child(job: Job, workers: int, beam_options: tuple[str, ...], parent: int, l
         writer.send((str(explained(error) or ""), f"{type(error).__name__}: {error}"[-4000:]))
         os._exit(1)
     os._exit(0)
+
+
+@functools.cache
+def end_with_supervisor() -> None:
+    """End this worker process as soon as its supervisor has ended; does nothing where there is none.
+
+    Beam's workers finish their bundle first, which may be hours of work for nobody, on a device that the next attempt
+    needs. The supervisor holds a lock for as long as it lives: the kernel takes it from a process however it died.
+    """
+    path = os.environ.get(_LOCK)
+    if not path:
+        return
+
+    def follow() -> None:
+        try:
+            fcntl.flock(os.open(path, os.O_RDWR), fcntl.LOCK_SH)
+        except FileNotFoundError:
+            log.info("the supervisor has ended and tidied up")
+        os._exit(_WORKER_LOST)
+
+    threading.Thread(target=follow, name="lehr-supervisor", daemon=True).start()

@@ -22,7 +22,7 @@ from pipelines.geometry import read_target
 from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import run_job
+from pipelines.runners import end_with_supervisor, run_job
 from pipelines.scorer import SampleScorer, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
@@ -199,6 +199,7 @@ class ScoreUnit(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
+        end_with_supervisor()
         settings = self._settings
         self._scorer = self._shared.acquire(lambda: UnitScorer(settings))
 

@@ -23,7 +23,7 @@ from pipelines.options import Execution, ScoringOptions, TargetOptions
 from pipelines.plan import corpus_files
 from pipelines.readers import file_format, get_reader
 from pipelines.results import GatherResults, read_results
-from pipelines.runners import run_job
+from pipelines.runners import end_with_supervisor, run_job
 from pipelines.scorer import SampleScorer, load_encoder, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
@@ -124,6 +124,7 @@ class _ScoreChunk(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
+        end_with_supervisor()
         settings = self._settings
         self._scorer = self._shared.acquire(lambda: _ChunkScorer(settings))
 
