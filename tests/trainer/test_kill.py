@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from schemas.run import Run
+from tests.killing import ROOT, kill_unfinished
 from tests.trainer.streams import make_run
 from tests.trainer.test_loop import results
 
-ROOT = Path(__file__).resolve().parents[2]
+Place = tuple[Run, Path]
+"""A run directory and its model."""
 
 
 def start(run: Run, model: Path) -> subprocess.Popen[bytes]:
@@ -31,8 +32,13 @@ def start(run: Run, model: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def finished(place: Place) -> bool:
+    run = place[0]
+    return Path(run.path(run.manifest_path("train", "t"))).exists()
+
+
 @pytest.mark.slow
-def test_killed_at_any_time_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_invariant_7_killed_at_any_time_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     run, model = make_run(tmp_path / "whole", samples=96)
     begun = time.monotonic()
     whole = start(run, model)
@@ -45,26 +51,21 @@ def test_killed_at_any_time_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     duration = time.monotonic() - begun
     expected = results(run, "t")
 
-    rng = random.Random(time.time_ns())
-    killed = attempts = 0
-    while killed < 4:
-        attempts += 1
-        assert attempts < 30, "every attempt finished before it was killed"
-        run, model = make_run(tmp_path / f"attempt-{attempts}", samples=96)
-        process = start(run, model)
-        assert process.stdout is not None
-        if attempts % 4 == 0:
-            time.sleep(rng.uniform(0, first))
-        else:
+    rng = random.Random(17)
+    for kill in range(4):
+
+        def prepare(number: int, kill: int = kill) -> Place:
+            return make_run(tmp_path / f"kill-{kill}-{number}", samples=96)
+
+        def wait(process: subprocess.Popen[bytes], place: Place, number: int, kill: int = kill) -> None:
+            if kill == 3:
+                time.sleep(rng.uniform(0, first))
+                return
+            assert process.stdout is not None
             process.stdout.readline()
             time.sleep(rng.uniform(0, duration - first))
-        process.send_signal(signal.SIGKILL)
-        code = process.wait()
-        process.stdout.close()
-        if Path(run.path(run.manifest_path("train", "t"))).exists():
-            continue  # it finished first: repeated, never counted
-        assert code == -signal.SIGKILL
-        killed += 1
+
+        run, model = kill_unfinished(prepare, lambda place: start(*place), wait, finished)[0]
         again = start(run, model)
         text, _ = again.communicate()
         assert again.returncode == 0, text.decode()
