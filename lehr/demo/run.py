@@ -323,6 +323,10 @@ def _print_table(record: dict[str, Any], settings: DemoSize) -> None:
         )
     console.print(table)
     console.print(
+        "loss: held-out GSM8K, nats per token; trained, offered: tokens; cosine: of the selected set's gradient and that of the "
+        "held-out rows; clean: share of undamaged in-domain samples among those trained on."
+    )
+    console.print(
         "One model, one target, one pool"
         + (
             ", one seed: differences below about 0.015 are noise. "

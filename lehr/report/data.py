@@ -214,12 +214,10 @@ class _Reader:
 
 
 def _primary(run: Run, selections: tuple[SelectionData, ...]) -> SelectionData | None:
-    """The selection the rest of the run is about."""
-    by_name = {selection.name: selection for selection in selections}
-    for manifest in run.manifests("export"):
-        if manifest.spec.get("selection") in by_name:
-            return by_name[manifest.spec["selection"]]
-    return max(selections, key=lambda s: (heldout_cosine(s.solution) or -1.0, s.name), default=None)
+    """The selection the page shows at large: of those that were exported (of all, where none was) the best on held-out rows."""
+    exported = {manifest.spec.get("selection") for manifest in run.manifests("export")}
+    pool = [selection for selection in selections if selection.name in exported] or list(selections)
+    return max(pool, key=lambda s: (heldout_cosine(s.solution) or -1.0, s.name), default=None)
 
 
 def heldout_cosine(solution: dict[str, Any]) -> float | None:
