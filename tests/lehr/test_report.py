@@ -14,6 +14,7 @@ from lehr.report import render_report
 from lehr.report.charts import Axis, Point, Series, Shift, axis, bar_chart, line_chart, scatter_chart, shift_chart
 from lehr.report.data import SCATTER_POINTS, collect
 from lehr.report.sections import compact, number
+from schemas.manifest import Manifest, write_manifest
 from schemas.run import Run
 from tests.fake_run import HOSTILE, build_fake_run
 
@@ -287,3 +288,16 @@ def test_numbers_for_people() -> None:
         "–", "0", "1,234", "0.123", "11.30", "4,712", "–", "1e-09", "yes", "x",
     ]  # fmt: skip
     assert [compact(v) for v in (999, 9999, 12345, 2.5e6, 3e9)] == ["999", "9,999", "12.3 k", "2.5 M", "3 B"]
+
+
+def test_the_best_exported_selection_is_shown_at_large(tmp_path: Path) -> None:
+    run = build_fake_run(tmp_path / "run", selectors=("random", "match", "target-cosine"))
+    primary = collect(run).primary
+    assert primary is not None
+    assert primary.name == "random"  # the only one exported
+    spec = {"stream": "match", "selection": "match", "shard_samples": 10, "generation": 1}
+    manifest = Manifest(stage="export", name="match.gen-000001", spec=spec, inputs={})
+    write_manifest(run.path(run.manifest_path("export", manifest.name)), manifest)
+    primary = collect(run).primary
+    assert primary is not None
+    assert primary.name == "match"
