@@ -153,9 +153,8 @@ def _lehr(verb: str, url: str, *arguments: str) -> float:
     command = shlex.join([verb, url, *arguments])
     console.print(f"  $ lehr {command}", style="dim", markup=False, highlight=False)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.run(
-        [sys.executable, "-m", "lehr", verb, url, *arguments], env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.run([sys.executable, "-m", "lehr", verb, url, *arguments], env={**os.environ, **quiet})
     if process.returncode:
         raise LehrError(
             f"`lehr {verb}` ended with status {process.returncode}; the demo stops here. Run it again to resume"
