@@ -72,7 +72,7 @@ class UnitScorer:
                 raise self._failed
             record = self._finish(unit)
         except LehrError as error:
-            if not isinstance(error, CorruptFile) and type(error) is InputError:
+            if type(error) is InputError:
                 self._failed = error  # a model or target that cannot be loaded fails every unit alike
             self._heart.error(str(error))
             return {"key": unit.unit_id, "error": str(error), "error_type": type(error).__name__}
