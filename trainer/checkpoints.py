@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,24 @@ import orjson
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from schemas.errors import CorruptFile, InputError, LehrError
-from schemas.fingerprint import fingerprint, pretty_json
+from schemas.fingerprint import canonical_json, fingerprint, pretty_json
 from schemas.parquet import Part
-from schemas.storage import exists, filesystem, join, list_folders, list_names, read_bytes, sha256, write_whole
+from schemas.storage import (
+    exists,
+    filesystem,
+    is_local,
+    join,
+    list_folders,
+    list_names,
+    read_bytes,
+    sha256,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +126,12 @@ def quiet() -> Iterator[None]:
 
 
 def write_checkpoint(
-    folder_url: str, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: TrainerState
+    folder_url: str, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: TrainerState
 ) -> tuple[str, dict[str, tuple[int, str]]]:
-    """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included."""
+    """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included.
+
+    Without an optimizer its moments are left out.
+    """
     url = join(folder_url, checkpoint_name(state.step))
     written: dict[str, tuple[int, str]] = {}
 
@@ -130,7 +145,8 @@ def write_checkpoint(
         for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             put(file.relative_to(scratch).as_posix(), file.read_bytes())
             file.unlink()  # one file at a time twice on disk, not the whole model
-    put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(model, optimizer)))
+    if optimizer is not None:
+        put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(model, optimizer)))
     put(STATE_FILE, pretty_json(state))
     files = [{"path": name, "bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())]
     put(
@@ -140,6 +156,19 @@ def write_checkpoint(
     return url, written
 
 
+def _sha256_of(url: str) -> str:
+    """Hex SHA-256 of a file, of which no copy is made in memory where it lies on a local disk."""
+    if not is_local(url):
+        return sha256(read_bytes(url))
+    with open(filesystem(url)[1], "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_tensors(url: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; mapped, not copied, where it lies on a local disk. Copy what you keep."""
+    return load_file(filesystem(url)[1]) if is_local(url) else load_tensors(read_bytes(url))
+
+
 def _verify(url: str) -> None:
     """Raise `CorruptFile` with the reason where a checkpoint folder is not whole."""
     try:
@@ -147,7 +176,7 @@ def _verify(url: str) -> None:
         if record["fingerprint"] != fingerprint([record["step"], record["files"]]):
             raise CorruptFile(f"its {MANIFEST_FILE} does not match its fingerprint")
         for file in record["files"]:
-            if sha256(read_bytes(join(url, file["path"]))) != file["sha256"]:
+            if _sha256_of(join(url, file["path"])) != file["sha256"]:
                 raise CorruptFile(f"{file['path']} differs from the manifest")
     except FileNotFoundError as error:
         raise CorruptFile(f"{Path(str(error.filename or error)).name or 'a file'} is missing") from error
@@ -184,14 +213,13 @@ def read_optimizer(place: str) -> dict[str, Tensor]:
     """Optimizer tensors of a checkpoint folder, or of a safetensors file. Raises `InputError` where there are none."""
     url = place if place.endswith(".safetensors") else join(place, OPTIMIZER_FILE)
     try:
-        data = read_bytes(url)
         if url != place and exists(join(place, MANIFEST_FILE)):
             listed = {
                 file["path"]: file["sha256"] for file in orjson.loads(read_bytes(join(place, MANIFEST_FILE)))["files"]
             }
-            if listed.get(OPTIMIZER_FILE) != sha256(data):
+            if listed.get(OPTIMIZER_FILE) != _sha256_of(url):
                 raise CorruptFile(f"{url} differs from the manifest of its checkpoint; it is damaged")
-        tensors = load_tensors(data)
+        tensors = _read_tensors(url)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer.safetensors") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -202,8 +230,12 @@ def read_optimizer(place: str) -> dict[str, Tensor]:
 
 
 def optimizer_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Fingerprint of optimizer tensors."""
-    return sha256(save_tensors(dict(sorted(tensors.items()))))[:32]
+    """Fingerprint of optimizer tensors: names, types, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 def load_weights(model: nn.Module, url: str) -> None:
@@ -211,7 +243,7 @@ def load_weights(model: nn.Module, url: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name in list_names(url, ".safetensors"):
         if name != OPTIMIZER_FILE:
-            tensors.update(load_tensors(read_bytes(join(url, name))))
+            tensors.update(_read_tensors(join(url, name)))
     own = dict(model.state_dict())
     unknown = sorted(set(tensors) - set(own))
     stored = {own[name].data_ptr() for name in tensors if name in own}

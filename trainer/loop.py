@@ -117,12 +117,14 @@ class _Training:
         url = latest_checkpoint(self.checkpoints)
         if url is None:
             self.journal.discard_after(0)
-            loss = self._evaluate()
-            self.state = dataclasses.replace(self.state, initial_eval_loss=loss, eval_loss=loss)
+            if self.settings.evaluate == "both":
+                loss = self._evaluate()
+                self.state = dataclasses.replace(self.state, initial_eval_loss=loss, eval_loss=loss)
             return
         state = read_state(url)
         load_weights(self.ready.model, url)
-        load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url), url)
+        if not state.ended:  # all that is left then is the manifest, and the moments may not have been kept
+            load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url), url)
         self.ready.stream.load_state_dict(state.cursor)
         self.online.steps_taken = state.step
         self.journal.discard_after(state.step)
@@ -166,10 +168,9 @@ class _Training:
         )
         ended = self._ended(result.decision.limited)
         due = bool(settings.eval_every) and number % settings.eval_every == 0
-        eval_loss = self._evaluate() if ended or due else None
-        self.state = dataclasses.replace(
-            self.state, ended=ended, eval_loss=eval_loss if ended or due else state.eval_loss
-        )
+        evaluated = due or (bool(ended) and settings.evaluate != "never")
+        eval_loss = self._evaluate() if evaluated else None
+        self.state = dataclasses.replace(self.state, ended=ended, eval_loss=eval_loss if evaluated else state.eval_loss)
         seconds = time.perf_counter() - wall
         self.journal.record(
             step_row(
@@ -264,13 +265,15 @@ class _Training:
             raise InputError(
                 f"the token budget of {self.settings.token_budget} is shorter than every sample of the first step; raise it"
             )
-        self.state = dataclasses.replace(self.state, ended=reason, eval_loss=self._evaluate())
+        loss = self.state.eval_loss if self.settings.evaluate == "never" else self._evaluate()
+        self.state = dataclasses.replace(self.state, ended=reason, eval_loss=loss)
         self._checkpoint()
 
     def _checkpoint(self) -> None:
         self.state = dataclasses.replace(self.state, journal=(*self.state.journal, *self.journal.cut()))
         ready = self.ready
-        write_checkpoint(self.checkpoints, ready.model, ready.tokenizer, ready.optimizer, self.state)
+        moments = ready.optimizer if self.settings.final_optimizer or not self.state.ended else None
+        write_checkpoint(self.checkpoints, ready.model, ready.tokenizer, moments, self.state)
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
         prune_checkpoints(self.checkpoints, keep, self.state.step)
 

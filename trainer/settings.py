@@ -9,6 +9,7 @@ from schemas.errors import InputError
 from selection_ops.online.options import PolicyOptions
 
 Order = Literal["shuffled", "ranked"]
+Evaluate = Literal["both", "end", "never"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,10 @@ class TrainSettings:
     optimizer_state: str = ""
     """Optimizer state to start from: a checkpoint folder of Lehr, or an optimizer.safetensors."""
 
+    evaluate: Evaluate = "both"
+    """When the loss on the held-out set is taken: `both` (before the first and after the last step), `end`, `never`."""
     eval_every: int = 0
-    """Steps between evaluations on the held-out set; 0 evaluates before the first and after the last step."""
+    """Steps between further evaluations; 0 makes none."""
     dtype: str = ""
     """Arithmetic of forward and backward: float32, bfloat16 (autocast over float32 weights), float64; by default what the hardware is built for."""
     attention: str = ""
@@ -94,6 +97,9 @@ class TrainSettings:
     """Steps between checkpoints; the journal is written at each."""
     keep_checkpoints: int = 2
     """Checkpoints kept besides the final one."""
+    final_optimizer: bool = True
+    """Write the optimizer's moments into the final checkpoint too; without, it is a third of the size, and no training can
+    start from its moments."""
     device: str = ""
     """Device to train on; by default an accelerator where there is one."""
     cache_bytes: int = 256 << 20
@@ -111,6 +117,8 @@ class TrainSettings:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
+        if self.evaluate not in ("both", "end", "never"):
+            raise InputError(f"unknown value {self.evaluate!r} of evaluate: choose one of both, end, never")
         if self.dtype not in ("", "float32", "bfloat16", "float64"):
             raise InputError(f"unknown dtype {self.dtype!r}: choose one of float32, bfloat16, float64")
 
@@ -144,6 +152,7 @@ EXECUTION = frozenset(
         "optimizer_state",
         "checkpoint_every",
         "keep_checkpoints",
+        "final_optimizer",
         "device",
         "cache_bytes",
     }

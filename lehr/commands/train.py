@@ -55,9 +55,9 @@ class Command:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        return "none: the stream holds no evaluation samples"
-    return f"{after:.4f} nats per token ({before:.4f} before training)"
+    if after is None:
+        return "none: it was not asked for, or the stream holds no evaluation samples"
+    return f"{after:.4f} nats per token" + ("" if before is None else f" ({before:.4f} before training)")
 
 
 def _bar() -> Bar:

@@ -197,7 +197,7 @@ def _prepare(url: str, corpus: DemoCorpus, model: Path, settings: DemoSize) -> d
     seconds["warmup"] = _lehr("select", url, *warm) + _lehr("export", url, "--selection", "warmup")
     seconds["warmup"] += _lehr(
         "train", url, "--stream", "warmup", "--name", "warmup", "--model", str(model), "--policy", "full",
-        "--candidates", str(STEP_SAMPLES), "--steps", "4", "--lr", "0",
+        "--candidates", str(STEP_SAMPLES), "--steps", "4", "--lr", "0", "--evaluate", "never",
     )  # fmt: skip
     return seconds
 
@@ -225,10 +225,13 @@ def _run_arm(
     seconds += _lehr("export", url, "--selection", selection)
     state = Run.open(url).path(f"{Run.open(url).training_folder('warmup')}/checkpoints/step-00000004")
     keep = ["--n-keep", str(STEP_SAMPLES)] if arm.offered > 1 else []
+    # Every arm starts from the same weights: the first of all says what they were worth.
+    evaluate = "both" if (arm, seed) == (ARMS[1], 0) else "end"
     seconds += _lehr(
         "train", url, "--stream", selection, "--name", training, "--model", str(model), "--policy", arm.policy,
         "--candidates", str(arm.offered * STEP_SAMPLES), *keep, "--token-budget", str(budget), "--epochs", str(EPOCHS),
-        "--lr", str(settings.learning_rate), "--optimizer-state", state, "--seed", str(seed), *arm.train_options,
+        "--lr", str(settings.learning_rate), "--optimizer-state", state, "--seed", str(seed), "--evaluate", evaluate,
+        "--no-final-optimizer", *arm.train_options,
     )  # fmt: skip
     # Every arm but random needs the target described and the corpus scored; random needs neither.
     needed = 0.0 if arm.selector == "random" else shared["target"] + shared["score"]

@@ -16,8 +16,8 @@ from selection_ops.curvature import TargetGeometry, describe_target
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import Choice
 from selection_ops.selectors.problem import Problem, plain_target
-from selection_ops.selectors.relaxed import cosine_of, relaxed_optimum
-from selection_ops.selectors.threshold import FeasibleSet
+from selection_ops.selectors.relaxed import SetCosine, cosine_of, relaxed_optimum
+from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
 RANK_ROWS = 2048
 """Chosen rows that the effective rank is computed from, spread evenly over the ranking."""
@@ -129,7 +129,10 @@ def _bound(
         return None
     feasible = FeasibleSet(size_n=problem.size_n, budget=spent, equality=True)
     cosine_n = problem.column("alignment")
-    return relaxed_optimum(problem, feasible, direction_K, cosine_n, norm_n, passes=settings.max_iterations).bound
+    start = solve_threshold(cosine_n, feasible)
+    return relaxed_optimum(
+        problem, feasible, SetCosine(direction_K), cosine_n * norm_n, norm_n, start, passes=settings.max_iterations
+    ).bound
 
 
 def _two_fold(problem: Problem, geometry: TargetGeometry, warnings: list[str]) -> dict[str, Any]:

@@ -39,6 +39,14 @@ def within_limit(chosen_n: np.ndarray, feasible: FeasibleSet) -> bool:
     return float(feasible.cost_n @ chosen_n.astype(np.float64)) <= feasible.limit
 
 
+def meets(order_n: np.ndarray, feasible: FeasibleSet) -> bool:
+    """Whether whole samples spend the budget as they must and stay within the limit."""
+    chosen_n = np.zeros(len(feasible.size_n), dtype=bool)
+    chosen_n[order_n] = True
+    full = not feasible.equality or len(order_n) == int(feasible.budget)
+    return full and within_limit(chosen_n, feasible)
+
+
 def fill_ranked(order_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
     """Positions taken in the order given while they fit the budget and the caps; floors are served first.
 

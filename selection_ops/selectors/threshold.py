@@ -49,6 +49,15 @@ class FeasibleSet:
         floors_D = None if self.floors_D is None else np.zeros_like(self.floors_D)
         return replace(self, budget=budget, equality=True, floors_D=floors_D)
 
+    def restricted(self, index_n: np.ndarray) -> FeasibleSet:
+        """The set of those weights that are zero outside the given positions, over these positions."""
+        return replace(
+            self,
+            size_n=self.size_n[index_n],
+            cost_n=None if self.cost_n is None else self.cost_n[index_n],
+            group_n=None if self.group_n is None else self.group_n[index_n],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ThresholdSolution:

@@ -172,6 +172,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"policy": "full", "clip": 0.0},
         lambda a, b: {r["clip_factor"] for r in b.steps} == {1.0} and all(r["clip_factor"] < 1 for r in a.steps),
     ),
+    "evaluate": (
+        {"policy": "full"},
+        {"policy": "full", "evaluate": "end"},
+        lambda a, b: (
+            b.summary["initial_eval_loss"] is None is not a.summary["initial_eval_loss"]
+            and b.summary["eval_loss"] == a.summary["eval_loss"]
+        ),
+    ),
     "eval_every": (
         {"policy": "full"},
         {"policy": "full", "eval_every": 1},
@@ -206,7 +214,7 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
     first, second = outcome(**base), outcome(**changed)
     assert stated(first, second)
     assert first.weights.keys() == second.weights.keys()
-    if option not in ("eval_every",):
+    if option not in ("evaluate", "eval_every"):
         different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
         assert different or first.kept() != second.kept()
 
@@ -214,6 +222,31 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
 def test_every_option_has_a_case() -> None:
     """`optimizer_state` and the execution options have tests of their own below and in test_loop.py."""
     assert set(CASES) == {field.name for field in dataclasses.fields(TrainSettings)} - EXECUTION
+
+
+def test_evaluate_never_takes_no_loss(outcome: Callable[..., Outcome]) -> None:
+    first, second = outcome(policy="full"), outcome(policy="full", evaluate="never")
+    assert second.summary["initial_eval_loss"] is second.summary["eval_loss"] is None
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def test_final_optimizer_false_leaves_the_moments_out_of_the_last_checkpoint_alone(world: tuple[Run, Path]) -> None:
+    """A training whose manifest is lost after that ends as it did, without the moments."""
+    run, folder = world
+    given = {"policy": "full", "checkpoint_every": 2, "final_optimizer": False}
+    whole = train(run, settings(folder, "whole", policy="full"))
+    summary = train(run, settings(folder, "light", **given))
+    assert summary["eval_loss"] == whole["eval_loss"]
+    checkpoints = Path(run.path(summary["checkpoint"])).parent
+    held = {folder.name: (folder / "optimizer.safetensors").exists() for folder in checkpoints.iterdir()}
+    assert held == {"step-00000002": True, "step-00000003": False}
+    manifest = Path(run.path(run.manifest_path("train", "light")))
+    before = manifest.read_bytes()
+    manifest.unlink()
+    assert train(run, settings(folder, "light", **given)) == summary
+    assert manifest.read_bytes() == before
+    with pytest.raises(InputError, match="optimizer.safetensors does not exist"):
+        train(run, settings(folder, "after", policy="full", optimizer_state=str(checkpoints / "step-00000003")))
 
 
 def test_optimizer_state_is_where_the_moments_start(world: tuple[Run, Path]) -> None:

@@ -7,8 +7,8 @@ import torch
 from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import describe_target
 from selection_ops.selectors import Budget, SelectorSettings, select
-from selection_ops.selectors.match import greedy
-from selection_ops.selectors.relaxed import exact_step
+from selection_ops.selectors.greedy import greedy
+from selection_ops.selectors.relaxed import SetCosine, exact_step
 from selection_ops.selectors.threshold import FeasibleSet
 from tests.reference import selection as exact
 from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, unit_rows, world
@@ -35,7 +35,8 @@ def test_greedy_is_greedy_by_definition(seed: int) -> None:
     scale = np.linalg.norm(rows, axis=1)
     stored = unit.double().numpy() * scale[:, None]
     gain = unit.double().numpy() @ direction
-    path = greedy(unit, scale, gain, FeasibleSet(size_n=np.ones(40), budget=15.0))
+    objective = SetCosine(torch.from_numpy(direction))
+    path = greedy(unit, scale, gain * scale, FeasibleSet(size_n=np.ones(40), budget=15.0), objective)
     assert path.order_m.tolist() == exact.greedy_set(stored, direction, 15)
     for count in (1, 7, 15):
         chosen = stored[path.order_m[:count]]

@@ -1,0 +1,34 @@
+"""Places that tests of several rooms share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gcs import BUCKET, ENVIRONMENT, Gcs, serve
+
+os.environ.update(ENVIRONMENT)  # gcsfs reads it when it is imported, whichever test does that
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[Gcs]:
+    """A server of Google Cloud Storage's API in another process, started by the first test that asks for it."""
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs(gcs_server: Gcs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
+    """The server without faults, and this process as its client."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.host)
+    gcs_server.clear()
+    yield gcs_server
+    gcs_server.clear()
+
+
+@pytest.fixture
+def bucket(gcs: Gcs, request: pytest.FixtureRequest) -> str:
+    """An empty place of the test's own in the server's bucket."""
+    return f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}"
