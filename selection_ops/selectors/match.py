@@ -81,9 +81,7 @@ class Match(Selector):
                 "fractional": int(((relaxed.weights_n > 0) & (relaxed.weights_n < 1)).sum()),
                 "mu": relaxed.mu,
                 "nu": relaxed.nu if np.isfinite(relaxed.nu) else None,
-                "bound": _bound(
-                    problem, feasible, relaxed, objective, gain_n, scale_n, order_n, weights_n, reached
-                ),
+                "bound": _bound(problem, feasible, relaxed, objective, gain_n, scale_n, order_n, weights_n, reached),
             }
         if settings.fractional:
             certificate["weight_sum"] = float(weights_n.sum())
@@ -164,6 +162,4 @@ def _bound(
     if feasible.equality and spent == feasible.budget:
         return relaxed.bound
     at_most = feasible.scaled(min(spent, feasible.budget))
-    return bound_near(
-        problem, at_most, objective, gain_n * scale_n, scale_n, relaxed.sum_K, at_least=max(reached, 0.0)
-    )
+    return bound_near(problem, at_most, objective, gain_n * scale_n, scale_n, relaxed.sum_K, at_least=max(reached, 0.0))
