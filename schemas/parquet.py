@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from schemas.errors import CorruptFile, MixedFingerprints
 from schemas.fingerprint import canonical_json
-from schemas.storage import filesystem, read_bytes, sha256, write_whole
+from schemas.ranged import open_ranged
+from schemas.storage import read_bytes, sha256, write_whole
 from schemas.tables import SCHEMA_VERSION, table_schema
 
 ROW_GROUP_ROWS = 2000
@@ -128,9 +129,8 @@ def footer_of(file: pq.ParquetFile, url: str) -> Footer:
 
 def read_footer(url: str) -> tuple[Footer, int]:
     """Lineage and row count of one file, without reading its rows."""
-    fs, path = filesystem(url)
     try:
-        with fs.open(path, "rb") as handle:
+        with open_ranged(url) as handle:
             file = _open(url, handle)
             return footer_of(file, url), file.metadata.num_rows
     except FileNotFoundError as error:
@@ -179,9 +179,8 @@ def read_table(
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """Read columns of one file, with page checksums verified and lineage checked."""
-    fs, path = filesystem(url)
     try:
-        with fs.open(path, "rb") as handle:
+        with open_ranged(url) as handle:
             file = _open(url, handle)
             check_footer(footer_of(file, url), url, schema=schema, spec=spec, inputs=inputs or {})
             return _read(file, url, columns)

@@ -6,11 +6,14 @@ store, where an object appears whole or not at all and rename is a copy: one upl
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import posixpath
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,17 @@ from fsspec.implementations.local import LocalFileSystem
 from schemas.errors import InputError, LehrError
 
 TEMPORARY_PREFIX = ".tmp-"
+_UPLOAD_SEPARATOR = b"--==0=="
+"""What gcsfs puts between the parts of a simple upload, whatever the content; the upload ends where it stands in a line."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path inside it."""
+    """The fsspec file system of `url` and the path inside it.
+
+    Listings are not cached: several processes write below one run directory.
+    """
     try:
-        return fsspec.core.url_to_fs(str(url))
+        return fsspec.core.url_to_fs(str(url), use_listings_cache=False)
     except ImportError as error:
         raise InputError(f"{url}: {error}. Install the package that serves this kind of URL") from error
     except ValueError as error:
@@ -55,40 +63,72 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _cannot(action: str, url: str, error: OSError) -> LehrError:
-    reason = error.strerror or str(error)
+def _cannot(action: str, url: str, error: Exception) -> LehrError:
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    else:
+        reason = f"{type(error).__name__}: {error}"
     return InputError(
         f"cannot {action} {url}: {reason}. Check that the place exists, has space left and may be used by you"
     )
 
 
+@contextlib.contextmanager
+def client_errors(action: str, url: str) -> Iterator[None]:
+    """Around one call of a store's client: what it raises becomes an `InputError` that names `url`.
+
+    That something is missing or stands already stays `FileNotFoundError`, `NotADirectoryError` or `FileExistsError`.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    except (NotADirectoryError, FileExistsError, LehrError):
+        raise
+    except Exception as error:  # a client raises much that is no OSError: statuses, broken connections, credentials
+        raise _cannot(action, url, error) from error
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder stands at `url`."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    with client_errors("read", url):
+        return bool(fs.exists(path))
 
 
 def read_bytes(url: str) -> bytes:
     """The whole content of `url`. Raises `FileNotFoundError` where there is none."""
     fs, path = filesystem(url)
-    try:
+    with client_errors("read", url):
         return fs.cat_file(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _cannot("read", url, error) from error
+
+
+def remove(url: str, *, recursive: bool = False) -> None:
+    """Delete the file at `url`, or everything below the folder there; what is missing is deleted already."""
+    fs, path = filesystem(url)
+    with contextlib.suppress(FileNotFoundError), client_errors("delete", url):
+        if recursive:
+            fs.rm(path, recursive=True)
+        else:
+            fs.rm_file(path)
 
 
 def _names(url: str, kind: str) -> list[str]:
     fs, path = filesystem(url)
-    fs.invalidate_cache(path)
     try:
-        entries = fs.ls(path, detail=True)
+        with client_errors("list", url):
+            entries = fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise _cannot("list", url, error) from error
-    return sorted({posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == kind})
+    # The entry of the place itself is a file that is no folder, or the empty object that marks a folder.
+    own = path.rstrip("/")
+    return sorted(
+        {
+            posixpath.basename(name)
+            for entry in entries
+            if entry["type"] == kind and (name := entry["name"].rstrip("/")) != own
+        }
+    )
 
 
 def list_names(url: str, suffix: str = "") -> list[str]:
@@ -109,11 +149,14 @@ def write_whole(url: str, data: bytes, *, create_only: bool = False) -> None:
     """
     fs, path = filesystem(url)
     try:
-        if isinstance(fs, LocalFileSystem):
-            _write_local(Path(path), data, create_only)
-        else:
-            _write_object(fs, path, data, create_only)
-    except OSError as error:
+        with client_errors("write", url):
+            if isinstance(fs, LocalFileSystem):
+                _write_local(Path(path), data, create_only)
+            else:
+                _write_object(fs, path, data, create_only)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot write {url}: there is no such bucket or folder") from error
+    except (FileExistsError, NotADirectoryError) as error:
         if create_only and isinstance(error, FileExistsError):
             raise
         raise _cannot("write", url, error) from error
@@ -141,14 +184,18 @@ def _write_local(path: Path, data: bytes, create_only: bool) -> None:
 
 
 def _write_object(fs: Any, path: str, data: bytes, create_only: bool) -> None:
+    # One chunk as large as the content makes gcsfs send it by itself instead of between separators.
+    options = {"chunksize": len(data)} if _UPLOAD_SEPARATOR in data else {}
     try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        if create_only:
+        fs.pipe_file(path, data, mode="create", **options)
+    except (FileExistsError, FileNotFoundError) as error:
+        # A refused upload in chunks is then cancelled; one that the store has forgotten by itself is missing to gcsfs.
+        if isinstance(error, FileNotFoundError) and not fs.exists(path):
             raise
-        fs.invalidate_cache(path)
+        if create_only:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
         if fs.cat_file(path) != data:
-            fs.pipe_file(path, data, mode="overwrite")
+            fs.pipe_file(path, data, mode="overwrite", **options)
 
 
 def sweep_temporary(url: str, *, older_than_s: float = 24 * 3600, now: float | None = None) -> int:

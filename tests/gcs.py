@@ -171,10 +171,10 @@ class Handler(BaseHTTPRequestHandler):
         if url.path.startswith("/_test/"):
             self._control(url.path, body)
             return
-        line = f"{self.command} {unquote(url.path)}?{unquote(url.query)} {self.headers.get('Range', '')}"
+        line = f"{self.command} {unquote(url.path)}?{unquote(url.query)} {self.headers.get('Range', '')}".strip()
         fault = self.service.fault(line)
         with self.service.lock:
-            self.service.log.append({"line": line.strip(), "fault": bool(fault), "bytes": len(body)})
+            self.service.log.append({"line": line, "fault": bool(fault), "bytes": len(body)})
         if fault.get("status") and not fault["late"]:
             self._error(fault["status"], "injected")
             return
@@ -213,7 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             return 200, json.dumps(record).encode(), {"Content-Type": "application/json"}
 
         asked = {name: values[0] for name, values in query.items()}
-        found = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?(?:/rewriteTo/b/[^/]+/o/([^/]+))?", path)
+        found = re.fullmatch(
+            r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?(?:/rewriteTo/b/[^/]+/o/([^/]+))?", path
+        )
         if not found or self.command == "PATCH":
             raise Refused(501, f"this server does not know {self.command} {path}")
         prefix, bucket, name, copy = found[1], found[2], unquote(found[3] or ""), unquote(found[4] or "")
@@ -221,6 +223,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "The specified bucket does not exist.")
         objects = self.service.bucket
         condition = asked.get("ifGenerationMatch")
+        if prefix == "/upload" and self.command == "DELETE":
+            if self.service.uploads.pop(asked.get("upload_id", ""), None) is None:
+                raise Refused(404, "no such upload")
+            return 499, b"", {}
         if prefix == "/upload" and self.command in ("POST", "PUT"):
             return self._upload(asked, condition, body)
         if copy and self.command == "POST":
@@ -322,8 +328,8 @@ class Handler(BaseHTTPRequestHandler):
             data[start:] = body
         if found[3] == "*" or len(data) < int(found[3]):
             return 308, b"", {"Range": f"bytes=0-{len(data) - 1}"} if data else {}
-        del self.service.uploads[identity]
         stored = self.service.bucket.put(name, bytes(data), condition, kind)
+        del self.service.uploads[identity]
         return 200, json.dumps(described(name, stored)).encode(), {"Content-Type": "application/json"}
 
 
