@@ -17,7 +17,7 @@ from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.manifest import Manifest, write_manifest
 from schemas.parquet import Footer, Part, decode_table, read_part, write_table
 from schemas.run import Run, check_name
-from schemas.spec import FeatureSpec
+from schemas.spec import FeatureSpec, LossKind
 from schemas.storage import exists, sha256, write_whole
 from schemas.tables import GEOMETRY_COLUMNS, OVERLAP_COLUMNS, table_schema
 from selection_ops.selectors import Budget, CandidateSet, SelectorSettings, Solution, select, set_cosine
@@ -75,7 +75,7 @@ def run_select(
     features = _read(run, [p for p in score.parts if p.path.startswith("features/")], "features", spec)
     if data is not None:
         features = _with_curvature(features, _read(run, curvature.parts, "curvature", spec))
-    candidates = candidate_set(features, keep_overlapping=keep_overlapping)
+    candidates = candidate_set(features, loss=spec.loss, keep_overlapping=keep_overlapping)
     solution = select(candidates, data.geometry if data else None, budget, settings)
     record = _solution_record(settings, budget, candidates, solution, data)
     return _write(run, name, select_spec, inputs, features, candidates, solution, record)
@@ -110,8 +110,13 @@ def _with_curvature(features: pa.Table, curvature: pa.Table) -> pa.Table:
     return features
 
 
-def candidate_set(features: pa.Table, *, keep_overlapping: bool = False) -> CandidateSet:
-    """Candidates of a features table, with its curvature columns where it has them."""
+def candidate_set(features: pa.Table, *, loss: LossKind = "sum", keep_overlapping: bool = False) -> CandidateSet:
+    """Candidates of a features table, with its curvature columns where it has them.
+
+    `loss` is that of the feature spec: losses and gradient norms of means are brought back to those of sums.
+    """
+    loss_tokens_N = features["loss_tokens"].to_numpy().astype(np.int64)
+    per_mean_N = loss_tokens_N.astype(np.float64) if loss == "mean" else 1
     excluded = np.full(features.num_rows, "", dtype=object)
     if "overlapping" in features.column_names and not keep_overlapping:
         excluded[features["overlapping"].to_numpy()] = "overlap"
@@ -121,9 +126,9 @@ def candidate_set(features: pa.Table, *, keep_overlapping: bool = False) -> Cand
         content_id=features["content_id"].to_numpy(),
         domain=features["domain"].to_numpy(),
         tokens_N=features["tokens"].to_numpy().astype(np.int64),
-        loss_tokens_N=features["loss_tokens"].to_numpy().astype(np.int64),
-        loss_N=features["loss"].to_numpy(),
-        grad_norm_N=features["grad_norm"].to_numpy(),
+        loss_tokens_N=loss_tokens_N,
+        loss_N=features["loss"].to_numpy() * per_mean_N,
+        grad_norm_N=features["grad_norm"].to_numpy() * per_mean_N,
         norm_N=features["sketch_norm"].to_numpy(),
         unit_NK=torch.from_numpy(unit_sketches(features)),
         excluded_N=excluded,

@@ -9,7 +9,7 @@ import tyro
 from lehr.options import RunDir
 from selection_ops.selectors.settings import SelectorSettings
 
-CERTIFICATE = ("limit", "cost", "smallest_feasible_limit", "limit_raised_by", "converged")
+CERTIFICATE = ("limit", "cost", "smallest_feasible_limit", "limit_raised_by", "converged", "frank_wolfe_gap_share")
 DIAGNOSTICS = (
     "set_cosine",
     "set_cosine_heldout",

@@ -45,7 +45,7 @@ class CandidateSet:
     loss_N: np.ndarray
     """Sum of token losses, nats."""
     grad_norm_N: np.ndarray
-    """Norm of the gradient, before sketching."""
+    """Norm of the gradient of that sum, before sketching."""
     norm_N: np.ndarray
     """sketch_norm: the full sketch is the unit row times this."""
     unit_NK: torch.Tensor | None = None
@@ -113,8 +113,8 @@ class Solution:
     scores: dict[str, np.ndarray]
     """Float arrays over all candidates, nan where not computed; `score` is what ranked them."""
     reason_N: np.ndarray
-    """`selected`, `not_chosen`, `outside_shortlist`, `duplicate_of <sample_id>`, `non_finite`, `no_tokens`, or the
-    reason given for leaving the sample out."""
+    """`selected`, `not_chosen`, `outside_shortlist`, `duplicate_of <sample_id>`, `non_finite`, `no_tokens`, `loss_outlier`,
+    `grad_norm_outlier`, or the reason given for leaving the sample out."""
     certificate: dict[str, Any]
     """Objective per iteration, limit, bound, multipliers; JSON-able."""
     diagnostics: dict[str, Any]

@@ -12,6 +12,7 @@ import numpy as np
 from schemas.errors import InfeasibleError
 from selection_ops.selectors.base import Choice, Selector, selector
 from selection_ops.selectors.direct import id_uniform
+from selection_ops.selectors.outliers import loss_per_token
 from selection_ops.selectors.problem import Problem
 from selection_ops.selectors.rounding import fill_ranked
 
@@ -72,9 +73,7 @@ class Loss(Ranking):
 
     def score(self, problem: Problem) -> np.ndarray:
         """Mean loss; nan without loss tokens."""
-        loss_n = problem.candidates.loss_N[problem.pool_n].astype(np.float64)
-        count_n = problem.candidates.loss_tokens_N[problem.pool_n].astype(np.float64)
-        mean_n = np.divide(loss_n, count_n, out=np.full(len(loss_n), np.nan), where=count_n > 0)
+        mean_n = loss_per_token(problem.candidates)[problem.pool_n]
         return -mean_n if problem.settings.lowest else mean_n
 
 

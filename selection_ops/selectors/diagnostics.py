@@ -69,6 +69,8 @@ def describe_selection(problem: Problem, choice: Choice) -> dict[str, Any]:
         "non_finite": int((problem.reason_N == "non_finite").sum()),
         "domains": _domain_shares(problem, index_n),
     }
+    if problem.outlier_caps:
+        report["outlier_caps"] = problem.outlier_caps
     if not len(index_n):
         warnings.append(f"nothing fits a budget of {problem.budget.amount} {problem.budget.unit}")
     if settings.fractional and report["selected_tokens"] > problem.budget.amount and problem.budget.unit == "tokens":
@@ -95,6 +97,8 @@ def describe_selection(problem: Problem, choice: Choice) -> dict[str, Any]:
     raised = choice.certificate.get("limit_raised_by")
     if raised is not None:
         warnings.append(f"the stiff limit was infeasible and was raised by a factor of {raised:.4g}")
+    if choice.certificate.get("redundancy_rho") == 0.0:
+        warnings.append("redundancy weighed nothing: the selection without it has no gain to measure it by")
     unhelpful = choice.certificate.get("filled_without_gain")
     if unhelpful:
         warnings.append(f"{unhelpful} samples without gain were needed to fill the budget; allow_short leaves them out")

@@ -16,6 +16,7 @@ import torch
 from selection_ops.selectors.base import Choice, Selector, selector
 from selection_ops.selectors.limit import limited, refuse_few_targets
 from selection_ops.selectors.problem import Problem, gain_cosine
+from selection_ops.selectors.redundancy import choose_penalised
 from selection_ops.selectors.rounding import round_solution
 from selection_ops.selectors.threshold import FeasibleSet, ThresholdSolution, solve_threshold
 
@@ -118,7 +119,8 @@ class Direct(Selector):
 @selector("direct-signed")
 class DirectSigned(Selector):
     """The corrected form: maximise <sum w_i z_i, g> within a limit of r x the held-out stiff cost of target samples,
-    stiff directions from the centred Fisher, unit rows unless asked otherwise. One exact linear problem."""
+    stiff directions from the centred Fisher, unit rows unless asked otherwise. One exact linear problem; with a price on
+    redundancy, a concave one, see `selection_ops.selectors.redundancy`."""
 
     default_rows = "unit"
     default_stiff_limit = 1.0
@@ -130,6 +132,8 @@ class DirectSigned(Selector):
         gain_n = gain_cosine(problem) * problem.scale_n
         solution = solve_threshold(gain_n, feasible)
         chosen_n = round_solution(solution, feasible)
+        if problem.settings.redundancy > 0.0:
+            return choose_penalised(problem, feasible, solution, chosen_n, gain_n, certificate)
         certificate |= _solved(solution, chosen_n, feasible) | {
             "objective_per_iteration": [solution.value],
             "objective": float(gain_n @ chosen_n),

@@ -17,6 +17,7 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import CURVATURE_COLUMNS, TargetGeometry, curvature_columns
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import CandidateSet, Selector
+from selection_ops.selectors.outliers import find_outliers
 from selection_ops.selectors.settings import Budget, SelectorSettings
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
@@ -93,7 +94,11 @@ class Problem:
         self.duplicates = int(copy_n.sum())
         self.sample_id = sample_id
         self.reason_N = reason_N
-        self.pool_n: np.ndarray = free_n[~copy_n]
+        pool_n = free_n[~copy_n]
+        # After the duplicates, so that copies do not move a quantile.
+        outlier_n, self.outlier_caps = find_outliers(candidates, pool_n, self.settings)
+        reason_N[pool_n] = outlier_n
+        self.pool_n: np.ndarray = pool_n[outlier_n == ""]
         if not self.pool_n.size:
             reasons = ", ".join(sorted({reason.split(" ")[0] for reason in reason_N}))
             raise InputError(f"none of the {len(candidates)} candidates may be chosen ({reasons})")

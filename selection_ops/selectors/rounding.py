@@ -40,11 +40,20 @@ def within_limit(chosen_n: np.ndarray, feasible: FeasibleSet) -> bool:
 
 
 def meets(order_n: np.ndarray, feasible: FeasibleSet) -> bool:
-    """Whether whole samples spend the budget as they must and stay within the limit."""
+    """Whether whole samples spend the budget as they must, stay within the limit and reach the floors to within a sample."""
     chosen_n = np.zeros(len(feasible.size_n), dtype=bool)
     chosen_n[order_n] = True
     full = not feasible.equality or len(order_n) == int(feasible.budget)
-    return full and within_limit(chosen_n, feasible)
+    return full and within_limit(chosen_n, feasible) and _reaches_floors(order_n, feasible)
+
+
+def _reaches_floors(order_n: np.ndarray, feasible: FeasibleSet) -> bool:
+    if feasible.group_n is None or feasible.floors_D is None:
+        return True
+    held_D = np.bincount(feasible.group_n[order_n], feasible.size_n[order_n], minlength=len(feasible.floors_D))
+    largest_D = np.zeros(len(held_D))
+    np.maximum.at(largest_D, feasible.group_n, feasible.size_n)
+    return bool(np.all((feasible.floors_D <= held_D) | (feasible.floors_D - held_D < largest_D)))
 
 
 def fill_ranked(order_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:

@@ -59,6 +59,15 @@ class SelectorSettings:
     stiff_limit_kind: Literal["target", "absolute", "pool"] | None = None
     """r x the held-out stiff cost of target samples x budget; r alone; or r x the pool's mean cost x budget, which moves
     with the pool (default: target; direct: pool)."""
+    redundancy: float = 0.0
+    """direct-signed: price r on what the chosen samples repeat of each other: the gain of their summed gradient s less
+    (rho / 2) ||s||^2, rho = r x gain / ||s||^2 of the selection without it. 0: none; 1: weighs as in `match`; larger: variety
+    before gain. Under a budget of tokens, samples that add nothing more are not bought. Reads the sketches."""
+    max_loss_quantile: float | None = None
+    """Leave out samples whose mean loss per loss token lies above this quantile of the candidates, such as 0.99."""
+    max_grad_norm_quantile: float | None = None
+    """Leave out samples whose gradient norm (of the sum loss, over the root of the loss tokens, so that length alone makes
+    no outlier) lies above this quantile of the candidates, such as 0.99."""
     if_infeasible: Literal["error", "raise"] = "error"
     """What to do when no selection meets the limit: stop, or raise it to the smallest feasible one and say the factor."""
     allow_short: bool = False
@@ -78,9 +87,11 @@ class SelectorSettings:
     restarts: int = 0
     """direct: further random starts; the best objective wins."""
     max_iterations: int = 20
-    """direct: most rounds of successive approximation. match: most Frank-Wolfe passes over the pool."""
+    """direct: most rounds of successive approximation. match, and direct-signed with redundancy: most Frank-Wolfe passes
+    over the pool."""
     greedy_rows: int = 50_000
-    """match: largest number of rows for exact greedy; over more, Frank-Wolfe proposes and greedy decides among its best."""
+    """match, and direct-signed with redundancy: largest number of rows for exact greedy; over more, Frank-Wolfe proposes and
+    greedy decides among its best."""
     bound: bool = True
     """Compute the relaxed bound: `max_iterations` passes over the pool's sketches."""
     two_fold: bool = True
@@ -97,6 +108,12 @@ class SelectorSettings:
             )
         if self.stiff_limit is not None and not self.stiff_limit >= 0:
             raise InputError(f"stiff_limit must not be negative, got {self.stiff_limit}")
+        if not 0.0 <= self.redundancy < float("inf"):
+            raise InputError(f"redundancy must be a number, 0 or larger, got {self.redundancy}")
+        for name in ("max_loss_quantile", "max_grad_norm_quantile"):
+            quantile = getattr(self, name)
+            if quantile is not None and not 0.0 < quantile <= 1.0:
+                raise InputError(f"{name} must lie above 0 and at most at 1, such as 0.99; got {quantile}")
         for name in ("max_iterations", "greedy_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -24,8 +24,8 @@ def select(
 ) -> Solution:
     """Choose from the candidates for a target, under a budget; with reasons, a certificate and diagnostics.
 
-    Left out before anything is solved: excluded samples, samples with any value that is not finite, and exact duplicates
-    of the sample of smallest id. The result does not depend on the order of rows, beyond the float32 rounding of dot
+    Left out before anything is solved: excluded samples, samples with any value that is not finite, exact duplicates of the
+    sample of smallest id, and outliers beyond the caps that were asked for. The result does not depend on the order of rows, beyond the float32 rounding of dot
     products. `geometry` may be None for selectors that need no target. Raises InputError for what cannot be computed and
     InfeasibleError where budget, quotas and limit allow nothing.
     """

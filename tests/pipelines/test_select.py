@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipelines.select import run_select
+from pipelines.select import candidate_set, run_select
 from schemas.errors import InputError
 from schemas.parquet import read_table
 from schemas.run import Run
@@ -87,6 +87,19 @@ def test_overlapping_candidates_stay_on_request(world: World) -> None:
     table = selection(world.run, "kept")
     assert True in table["overlapping"].to_pylist()
     assert "overlap" not in table["reason"].to_pylist()
+
+
+def test_losses_and_gradients_of_means_are_brought_back_to_sums(world: World) -> None:
+    parts = [part for part in world.run.manifest("score", "base").parts if part.path.startswith("features/")]
+    features = read_table(world.run.path(parts[0].path), schema="features")
+    mean = features
+    for name in ("loss", "grad_norm"):
+        values = features[name].to_numpy() / features["loss_tokens"].to_numpy()
+        mean = mean.set_column(mean.column_names.index(name), name, pa.array(values, pa.float32()))
+    of_sums, of_means = candidate_set(features), candidate_set(mean, loss="mean")
+    for name in ("loss_N", "grad_norm_N"):
+        assert getattr(of_means, name) == pytest.approx(getattr(of_sums, name), rel=1e-6)  # one rounding to float32
+        assert getattr(candidate_set(mean), name) != pytest.approx(getattr(of_sums, name), rel=0.1)
 
 
 def test_token_budget_is_not_exceeded(world: World) -> None:

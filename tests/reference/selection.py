@@ -132,3 +132,66 @@ def dense_columns(unit: np.ndarray, z: np.ndarray, *, energy: float, floor: floa
         "null_energy": 1.0 - (coordinate**2).sum(axis=1) / square,
         "stiff_cost_empirical": (own**2) @ own_values[:own_star] * k,
     }
+
+
+def penalised_gain(rows: np.ndarray, direction: np.ndarray, rho: float) -> float:
+    """<s, g> - rho / 2 ||s||^2 for the sum s of the rows and the unit direction g."""
+    total = rows.sum(axis=0)
+    return float(total @ direction / np.linalg.norm(direction) - 0.5 * rho * total @ total)
+
+
+def relaxed_penalised_gain(
+    rows: np.ndarray,
+    direction: np.ndarray,
+    rho: float,
+    size: np.ndarray,
+    budget: float,
+    *,
+    equality: bool,
+    cost: np.ndarray | None = None,
+    limit: float = np.inf,
+    member: np.ndarray | None = None,
+    cap: float = np.inf,
+    floor: float = 0.0,
+) -> tuple[float, np.ndarray]:
+    """The largest penalised gain over w in [0, 1]^n within the budget, and its weights: a convex quadratic program.
+
+    `cap` and `floor` hold for the size of the rows in `member`.
+    """
+    gram, gain = rows @ rows.T, rows @ direction / np.linalg.norm(direction)
+    constraints: list[dict] = [
+        {"type": "eq" if equality else "ineq", "fun": lambda w: budget - size @ w, "jac": lambda w: -size}
+    ]
+    if cost is not None and np.isfinite(limit):
+        constraints.append({"type": "ineq", "fun": lambda w: limit - cost @ w, "jac": lambda w: -cost})
+    if member is not None:
+        held = np.where(member, size, 0.0)
+        if np.isfinite(cap):
+            constraints.append({"type": "ineq", "fun": lambda w: cap - held @ w, "jac": lambda w: -held})
+        if floor > 0.0:
+            constraints.append({"type": "ineq", "fun": lambda w: held @ w - floor, "jac": lambda w: held})
+    found = minimize(
+        lambda w: 0.5 * rho * w @ gram @ w - gain @ w,
+        np.full(len(rows), budget / size.sum()),
+        jac=lambda w: rho * gram @ w - gain,
+        bounds=[(0.0, 1.0)] * len(rows),
+        constraints=constraints,
+        method="SLSQP",
+        options={"maxiter": 2000, "ftol": 1e-14},
+    )
+    assert found.success, found.message
+    return -float(found.fun), found.x
+
+
+def greedy_penalised_set(
+    rows: np.ndarray, direction: np.ndarray, rho: float, size: np.ndarray, budget: float
+) -> list[int]:
+    """Greedy by the definition: at every addition, the row that fits and raises the penalised gain most per size."""
+    chosen: list[int] = []
+    while True:
+        left = budget - size[chosen].sum()
+        rest = [j for j in range(len(rows)) if j not in chosen and size[j] <= left]
+        if not rest:
+            return chosen
+        now = penalised_gain(rows[chosen], direction, rho)
+        chosen.append(max(rest, key=lambda j: (penalised_gain(rows[[*chosen, j]], direction, rho) - now) / size[j]))

@@ -266,6 +266,17 @@ def test_quotas_and_floors_shape_the_set() -> None:
         run(candidates, geometry, Budget(samples=20), quotas={"a": 0.1, "b": 0.1}, **MEAN_ONLY)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_floors_are_reached_under_a_tight_limit(seed: int) -> None:
+    candidates, geometry, _ = world(seed=seed)
+    for factor in (0.1, 0.3, 0.5):
+        limit = {"stiff_limit": factor, "stiff_limit_kind": "pool", "if_infeasible": "raise"}
+        found = run(candidates, geometry, Budget(tokens=600), floors={"b": 0.6}, **limit, **MEAN_ONLY)
+        in_b = candidates.domain[found.order_n] == "b"
+        assert candidates.tokens_N[found.order_n][in_b].sum() > 360 - 60  # to within one sample
+        assert found.certificate["cost"] <= found.certificate["limit"]
+
+
 @pytest.mark.parametrize("budget", [Budget(samples=25), Budget(tokens=500)])
 def test_order_of_rows_does_not_matter(budget: Budget) -> None:
     candidates, geometry, _ = world()
