@@ -10,14 +10,14 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.fs as pafs
 
 from lehr.catalog import TABLE_VIEWS, Source, sources, stage_manifests, stream_folders
 from schemas.errors import CorruptFile
 from schemas.parquet import Footer, check_footer, parse_footer, read_table, same_spec
+from schemas.ranged import arrow_filesystem
 from schemas.run import Run
 from schemas.shards import read_index
-from schemas.storage import filesystem, is_local, join, read_bytes
+from schemas.storage import join, read_bytes
 from schemas.tables import table_schema
 from schemas.timings import Heartbeat, read_heartbeats
 
@@ -153,8 +153,7 @@ class TableView:
         schema = view_schema(self.view)
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         file_format = ds.ParquetFileFormat(default_fragment_scan_options=options)
-        fs, root = filesystem(self.run.url)
-        arrow_fs = pafs.LocalFileSystem() if is_local(self.run.url) else pafs.PyFileSystem(pafs.FSSpecHandler(fs))
+        arrow_fs, root = arrow_filesystem(self.run.url)
         fragments = []
         for source in self.sources:
             constant: ds.Expression | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import posixpath
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipelines.readers import format_by_suffix, suffixes
 from schemas.errors import InputError
-from schemas.storage import filesystem, is_local, join, normalise
+from schemas.storage import client_errors, filesystem, is_local, join, normalise
 
 _MAGIC = frozenset("*?[")
 _STAMPS = (
@@ -99,32 +100,39 @@ def _entries(corpus: str) -> tuple[str, dict[str, Mapping[str, Any]], bool]:
     url = normalise(corpus)
     if is_local(url) and "://" not in url:
         url = os.path.abspath(url)
-    fs, path = filesystem(url)
     try:
-        fs.invalidate_cache()
-        if fs.isfile(path):
-            return _parent(url), {posixpath.basename(path): fs.info(path)}, True
-        if fs.isdir(path):
-            root, listed = url, fs.find(path, detail=True)
-        elif _MAGIC & set(path):
-            root = url
-            while _MAGIC & set(root):
-                root = _parent(root)
-            listed = fs.glob(path, detail=True)
-        else:
-            raise InputError(f"corpus {corpus!r} does not exist: name a file, a folder or a glob")
-        base = filesystem(root)[1].rstrip("/")
-        return (
-            root,
-            {
-                name[len(base) :].lstrip("/"): info
-                for name, info in listed.items()
-                if info["type"] == "file" or (info["type"] != "directory" and fs.isfile(name))
-            },
-            False,
-        )
-    except OSError as error:
+        with client_errors("list", corpus):
+            return _listed(corpus, url)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"cannot list corpus {corpus!r}: {error.strerror or error}") from error
+
+
+def _listed(corpus: str, url: str) -> tuple[str, dict[str, Mapping[str, Any]], bool]:
+    fs, path = filesystem(url)
+    if not is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            fs.info(path)  # what is refused or fails here is, to `isfile` and `isdir`, merely not there
+    if fs.isfile(path):
+        return _parent(url), {posixpath.basename(path): fs.info(path)}, True
+    if fs.isdir(path):
+        root, listed = url, fs.find(path, detail=True)
+    elif _MAGIC & set(path):
+        root = url
+        while _MAGIC & set(root):
+            root = _parent(root)
+        listed = fs.glob(path, detail=True)
+    else:
+        raise InputError(f"corpus {corpus!r} does not exist: name a file, a folder or a glob")
+    base = filesystem(root)[1].rstrip("/")
+    return (
+        root,
+        {
+            name[len(base) :].lstrip("/"): info
+            for name, info in listed.items()
+            if info["type"] == "file" or (info["type"] != "directory" and fs.isfile(name))
+        },
+        False,
+    )
 
 
 def _hidden(path: str) -> bool:

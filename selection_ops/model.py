@@ -26,7 +26,7 @@ from torch import nn
 from schemas.errors import InputError
 from schemas.fingerprint import hash128
 from schemas.spec import DType
-from schemas.storage import filesystem
+from schemas.storage import client_errors, filesystem
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,9 @@ def _fetched(url: str) -> Path:
     """Folder with a copy of the model at `url`; the copy is found again as long as the listing there is unchanged."""
     fs, root = filesystem(url)
     try:
-        names = [name for name in sorted(fs.find(root)) if name.endswith(_FETCHED)]
-        state = [(name, str(fs.ukey(name))) for name in names]
+        with client_errors("list", url):
+            names = [name for name in sorted(fs.find(root)) if name.endswith(_FETCHED)]
+            state = [(name, str(fs.ukey(name))) for name in names]
     except OSError as error:
         raise InputError(f"{url}: the model's files cannot be listed ({error})") from error
     if not names:
@@ -149,7 +150,8 @@ def _fetched(url: str) -> Path:
             if not local.is_relative_to(part.resolve()):
                 raise InputError(f"{url}: the listing holds {name}, which lies outside of it")
             local.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(name, str(local))
+            with client_errors("read", f"{url}: {relative}"):
+                fs.get_file(name, str(local))
         try:
             part.rename(target)
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -32,3 +33,14 @@ def gcs(gcs_server: Gcs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
 def bucket(gcs: Gcs, request: pytest.FixtureRequest) -> str:
     """An empty place of the test's own in the server's bucket."""
     return f"gs://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs tries again at once instead of after 1, 2, 4, 8 and 16 seconds."""
+    import gcsfs.retry
+
+    async def at_once(_: float) -> None:
+        return None
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))

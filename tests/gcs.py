@@ -137,9 +137,9 @@ class Service:
         with self.lock:
             for fault in self.faults:
                 if fault["count"] > 0 and re.search(fault["match"], line):
-                    if fault["skip"] > 0:
-                        fault["skip"] -= 1
-                        return {}
+                    fault["met"] += 1
+                    if fault["met"] % fault["every"]:
+                        continue
                     fault["count"] -= 1
                     return fault
         return {}
@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
     def _control(self, path: str, body: bytes) -> None:
         with self.service.lock:
             if path == "/_test/faults":
-                self.service.faults = json.loads(body)
+                self.service.faults.append(json.loads(body))
             answer = self.service.log
             if path == "/_test/clear":
                 self.service.faults, self.service.log = [], []
@@ -361,13 +361,13 @@ class Gcs:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    def fail(self, match: str, *, count: int = 1, skip: int = 0, late: bool = False, **how: Any) -> None:
-        """Let the next `count` requests, after `skip`, whose `METHOD path?query range` matches a pattern fail.
+    def fail(self, match: str, *, count: int = 1, every: int = 1, late: bool = False, **how: Any) -> None:
+        """Let `count` requests, every so many, whose `METHOD path?query range` matches a pattern fail; adds to earlier ones.
 
         `status=503` answers so, `drop=True` closes the connection without an answer, `cut=100` after that many bytes of
         the body. `late` carries the request out first.
         """
-        self._call("faults", [{"match": match, "count": count, "skip": skip, "late": late, **how}])
+        self._call("faults", {"match": match, "count": count, "every": every, "late": late, "met": 0, **how})
 
     def clear(self) -> None:
         """No more faults; an empty record."""

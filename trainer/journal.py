@@ -12,7 +12,7 @@ from typing import Any
 
 from schemas.parquet import Footer, Part, rows_to_table, write_table
 from schemas.run import Run
-from schemas.storage import filesystem, join, list_names
+from schemas.storage import join, list_names, remove
 from trainer.step import Candidate, StepResult
 
 TABLES = ("steps", "decisions", "timings")
@@ -66,8 +66,7 @@ class Journal:
             for name in list_names(folder, ".parquet"):
                 found = _PART.fullmatch(name)
                 if found and int(found[2]) > step:
-                    fs, path = filesystem(join(folder, name))
-                    fs.rm_file(path)
+                    remove(join(folder, name))
 
 
 def step_row(result: StepResult, **context: Any) -> dict[str, Any]:

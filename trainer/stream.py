@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from schemas.errors import CorruptFile, InputError
 from schemas.ids import content_id
 from schemas.shards import RankedSample, ShardEntry, StreamIndex, decode_record, read_index, read_shard
-from schemas.storage import filesystem, join
+from schemas.storage import client_errors, filesystem, join
 
 _BESIDE = {"target": "target", "evaluation": "eval"}
 
@@ -154,13 +154,12 @@ class RankedStream(IterableDataset):
         where = join(self.url, shard.name)
         fs, path = filesystem(where)
         spans = [shard.offsets[rank - shard.rank_first] for rank in ranks]
+        starts, ends = [start for start, _ in spans], [start + size for start, size in spans]
         try:
-            starts, ends = [start for start, _ in spans], [start + size for start, size in spans]
-            bodies = fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")
+            with client_errors("read", where):
+                bodies = fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")
         except FileNotFoundError as error:
             raise CorruptFile(f"{where} is listed in the index but missing; run `lehr export` again") from error
-        except OSError as error:
-            raise InputError(f"cannot read {where}: {error.strerror or error}") from error
         found = {}
         for rank, body in zip(ranks, bodies):
             ranked = decode_record(body, f"{where} rank {rank}")

@@ -13,7 +13,7 @@ from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest, read_manifest
 from schemas.parquet import Part, check_footer, decode_table, read_footer, read_part
 from schemas.run import Run
-from schemas.storage import filesystem, list_names
+from schemas.storage import client_errors, filesystem, list_names
 
 Tick = Callable[[int], None]
 Manifests = dict[tuple[str, str], Manifest]
@@ -68,9 +68,9 @@ def _expected(manifest: Manifest, manifests: Manifests, part: Part) -> tuple[str
 
 def _size(url: str) -> int:
     fs, path = filesystem(url)
-    fs.invalidate_cache(path)
     try:
-        return int(fs.size(path))
+        with client_errors("read", url):
+            return int(fs.size(path))
     except FileNotFoundError as error:
         raise CorruptFile(f"{url} is listed in a manifest but missing; run its stage again") from error
 

@@ -18,7 +18,7 @@ from schemas.errors import InputError, SourceChanged
 from schemas.fingerprint import fingerprint
 from schemas.ids import unit_id
 from schemas.spec import PlanSpec
-from schemas.storage import filesystem, join
+from schemas.storage import client_errors, filesystem, join
 from schemas.units import WorkUnit
 
 BLOCK_BYTES = 8 << 20
@@ -45,8 +45,9 @@ class Source:
         """Bytes in the file. Raises `SourceChanged` where it is gone."""
         if self._size is None:
             try:
-                self._size = os.stat(self._name).st_size if self._local else int(self._fs.info(self._name)["size"])
-            except (OSError, TypeError, KeyError) as error:
+                with client_errors("read", self.url):
+                    self._size = os.stat(self._name).st_size if self._local else int(self._fs.info(self._name)["size"])
+            except OSError as error:
                 raise self._failed(error) from error
         return self._size
 
@@ -66,7 +67,8 @@ class Source:
                 return
             end = min(end, self.size)
             while start < end:
-                block = self._fs.cat_file(self._name, start=start, end=min(start + BLOCK_BYTES, end))
+                with client_errors("read", self.url):
+                    block = self._fs.cat_file(self._name, start=start, end=min(start + BLOCK_BYTES, end))
                 if not block:
                     return
                 start += len(block)

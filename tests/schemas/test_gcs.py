@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,17 +23,6 @@ from schemas.run import Run
 from schemas.storage import exists, join, list_folders, list_names, read_bytes, remove, write_whole
 from schemas.tables import table_schema
 from tests.gcs import BUCKET, ROOT, Gcs
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gcsfs tries again at once instead of after 1, 2, 4, 8 and 16 seconds."""
-    import gcsfs.retry
-
-    async def at_once(_: float) -> None:
-        return None
-
-    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
 
 
 def put(gcs: Gcs, url: str, data: bytes) -> None:
@@ -221,7 +209,7 @@ def test_one_answer_of_503_or_a_broken_connection_is_tried_again(bucket: str, gc
             assert read_bytes(url) == data[::-1]
         gcs.fail("^GET /storage", **fault)
         assert list_names(bucket) == [str(other) for other in range(number + 1)]
-        gcs.fail("^GET /storage", **fault)
+        gcs.fail("^GET /storage/v1/b/lehr/o/", **fault)
         assert exists(url)
         gcs.fail("^DELETE", **fault)
         remove(join(bucket, str(number)))
@@ -316,9 +304,9 @@ def test_google_s_own_client_finds_the_server_as_it_expects_one(gcs: Gcs, bucket
     """Conditions, pages, checksums of downloads and chunked uploads: a check of the server, not of Lehr."""
     from google.api_core.exceptions import NotFound, PreconditionFailed
     from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
+    from google.cloud.storage import Client
 
-    client = storage.Client(project="test", credentials=AnonymousCredentials())
+    client = Client(project="test", credentials=AnonymousCredentials())
     place, prefix = client.bucket(BUCKET), bucket.removeprefix(f"gs://{BUCKET}/")
     for number in range(10):
         place.blob(f"{prefix}/{number}/x").upload_from_string(b"x" * number, if_generation_match=0)
