@@ -33,6 +33,7 @@ from schemas.storage import (
     list_folders,
     list_names,
     read_bytes,
+    remove,
     sha256,
     write_whole,
 )
@@ -263,12 +264,8 @@ def prune_checkpoints(folder_url: str, keep: int, newest: int) -> None:
     past = [name for name in names if name <= checkpoint_name(newest)]
     for name in past[: max(0, len(past) - keep)]:
         url = join(folder_url, name)
-        fs, path = filesystem(url)
         try:
-            if exists(join(url, MANIFEST_FILE)):
-                fs.rm_file(filesystem(join(url, MANIFEST_FILE))[1])
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            log.warning("cannot delete the old checkpoint %s: %s", url, error.strerror or error)
+            remove(join(url, MANIFEST_FILE))
+            remove(url, recursive=True)
+        except LehrError as error:
+            log.warning("an old checkpoint stays: %s", error)
