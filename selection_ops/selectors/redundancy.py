@@ -98,7 +98,7 @@ def choose_penalised(
     score_n = (relaxed.price_n - relaxed.mu * cost_n) / feasible.size_n
     proposals = {
         "greedy": _greedy(problem, feasible, objective, relaxed, alpha_n - relaxed.mu * cost_n),
-        "nearest to the relaxed weights": _ranked(_nearest(relaxed, feasible), score_n),
+        "nearest to the relaxed weights": _ranked(nearest_samples(relaxed, feasible), score_n),
         "without redundancy": _ranked(plain_n, score_n),
     }
     values, name = best_set(problem, feasible, objective, scale_n, proposals)
@@ -161,7 +161,7 @@ def _greedy(
     return likely_n[path.order_m]
 
 
-def _nearest(relaxed: Relaxed, feasible: FeasibleSet) -> np.ndarray:
+def nearest_samples(relaxed: Relaxed, feasible: FeasibleSet) -> np.ndarray:
     """Whole samples in the order of their weights, by the linear subproblem with weights as gains: it keeps every limit."""
     spent = feasible
     if not feasible.equality:

@@ -11,7 +11,8 @@ from schemas.errors import InputError
 from selection_ops.curvature import curvature_columns, describe_target
 from selection_ops.selectors import Budget, SelectorSettings, select
 from selection_ops.selectors.greedy import greedy
-from selection_ops.selectors.redundancy import PenalisedGain
+from selection_ops.selectors.redundancy import PenalisedGain, nearest_samples
+from selection_ops.selectors.relaxed import Relaxed
 from selection_ops.selectors.threshold import FeasibleSet
 from tests.reference import selection as exact
 from tests.selection_ops.selectors.worlds import candidate_set, full_rows, permuted, unit_rows, world
@@ -159,6 +160,32 @@ def test_a_larger_redundancy_never_lengthens_the_relaxed_sum() -> None:
             assert high["sum_norm_relaxed"] ** 2 <= low["sum_norm_relaxed"] ** 2 + slack
         norms = [found["sum_norm_relaxed"] for found in runs]
         assert norms[-1] < 0.5 * norms[0]  # and it does shorten
+
+
+def test_every_rounding_is_the_best_somewhere_under_a_tight_limit() -> None:
+    wins: dict[str, int] = {}
+    for seed, redundancy, factor, budget in itertools.product(range(4), (0.1, 1.0, 3.0), (0.4, 0.7), BUDGETS):
+        candidates, geometry, _ = world(seed=seed)
+        settings = TIGHT | {"stiff_limit": factor}
+        certificate = run(candidates, geometry, budget, redundancy=redundancy, **settings).certificate
+        if certificate["mu"] > 0:
+            wins[certificate["chosen_by"]] = wins.get(certificate["chosen_by"], 0) + 1
+    assert wins["greedy"] > 10 and wins["nearest to the relaxed weights"] > 4 and wins["without redundancy"] > 0, wins
+
+
+def test_nearest_samples_spend_no_more_than_the_weights_and_keep_the_limit() -> None:
+    weights = np.array([0.9, 0.1, 1.0, 0.6, 0.4, 0.8])
+    relaxed = Relaxed(
+        weights_n=weights, sum_K=torch.zeros(2), price_n=weights, objective=[0.0], bound=0.0, mu=0.0, nu=0.0
+    )
+    size = np.array([5.0, 5, 5, 5, 5, 5])
+    tokens = FeasibleSet(size_n=size, budget=28.0, equality=False)
+    # 19 of 28 tokens are spent by the weights: three samples of 5, those of the largest weights.
+    assert np.flatnonzero(nearest_samples(relaxed, tokens)).tolist() == [0, 2, 5]
+    samples = FeasibleSet(size_n=np.ones(6), budget=4.0)
+    assert np.flatnonzero(nearest_samples(relaxed, samples)).tolist() == [0, 2, 3, 5]
+    limited = replace(samples, cost_n=np.array([1.0, 1, 1, 3, 1, 1]), limit=4.0)
+    assert np.flatnonzero(nearest_samples(relaxed, limited)).tolist() == [0, 2, 4, 5]
 
 
 def test_of_two_alike_only_one_is_chosen() -> None:
