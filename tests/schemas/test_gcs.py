@@ -179,7 +179,13 @@ def table(rows: int) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def test_a_table_that_another_process_replaced_is_read_anew(bucket: str, gcs: Gcs) -> None:
+def test_a_table_that_another_process_replaced_is_read_anew(
+    bucket: str, gcs: Gcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ranges of our own: the client's file object would fetch ahead in the background."""
+    from gcsfs import GCSFileSystem
+
+    monkeypatch.setattr(GCSFileSystem, "_open", lambda *_, **__: pytest.fail("a file object of the client"))
     footer = Footer(schema="spectrum", spec="s")
     write_table(bucket, "t/a.parquet", table(3), footer)
     write_table(bucket, "t/longer.parquet", table(300), footer)
@@ -242,13 +248,14 @@ def test_what_goes_on_failing_is_an_error_that_names_the_object(
             Run.open(bucket)
 
 
-def test_an_object_shorter_than_its_listing_is_not_taken_for_whole(bucket: str, gcs: Gcs) -> None:
+@pytest.mark.parametrize("left", [1 << 20, 3 << 19])
+def test_an_object_shorter_than_its_listing_is_not_taken_for_whole(bucket: str, gcs: Gcs, left: int) -> None:
     """Replaced by a shorter one between the question for its size and the reading."""
     url = join(bucket, "a.bin")
     write_whole(url, bytes(3 << 20))
     with open_ranged(url, block_bytes=1 << 20) as handle:
         assert len(handle.read(100)) == 100
-        put(gcs, url, bytes(1 << 20))
+        put(gcs, url, bytes(left))
         with pytest.raises(InputError, match=r"a\.bin.*(changed|satisf)"):
             handle.read()
 
@@ -282,6 +289,14 @@ def test_reader_seeks_like_a_file(bucket: str) -> None:
 def test_missing_manifest_names_its_url(bucket: str) -> None:
     with pytest.raises(InputError, match=rf"{bucket}/stages/score/base.json does not exist: way out"):
         read_manifest(join(bucket, "stages/score/base.json"), "way out")
+
+
+def test_run_that_was_created_although_the_answer_was_lost_is_opened(bucket: str, gcs: Gcs, impatient: None) -> None:
+    """The second try is told that the object stands: it is its own."""
+    gcs.fail("^POST /upload", status=503, late=True)
+    run = Run.create(bucket, corpus="c", root="r")
+    assert run == Run.open(bucket)
+    assert [request["fault"] for request in gcs.requests("^POST /upload")] == [True, False]
 
 
 _CREATE = """

@@ -167,9 +167,14 @@ def test_stream_that_cannot_be_read_names_the_shard(
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_missing_or_cut_shard_is_named(stream: str, cache_bytes: int) -> None:
+def test_missing_cut_or_changed_shard_is_named(stream: str, cache_bytes: int) -> None:
     fs, root = fsspec.core.url_to_fs(stream, use_listings_cache=False)
     whole = fs.cat_file(f"{root}/shard-000001.tar")
+    place = whole.index(b'"text":"') + 9
+    changed = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    fs.pipe_file(f"{root}/shard-000001.tar", changed)
+    with pytest.raises(CorruptFile, match=r"gs://.*shard-000001\.tar .*damaged"):
+        RankedStream(stream, cache_bytes=cache_bytes).take(23)
     fs.pipe_file(f"{root}/shard-000001.tar", whole[:1000])
     with pytest.raises((CorruptFile, InputError), match=r"gs://.*shard-000001\.tar"):
         RankedStream(stream, cache_bytes=cache_bytes).take(23)
