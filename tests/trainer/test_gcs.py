@@ -209,7 +209,7 @@ def test_stream_never_opens_a_file_object_of_the_client(bucket: str, gcs: Gcs, m
 
 def test_webdataset_reads_the_shards(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The webdataset package itself, given Lehr's reader for `gs://` instead of its `gsutil cat`."""
-    monkeypatch.setitem(gopen_schemes, "gs", lambda url, mode="rb", bufsize=8192, **_: open_ranged(url))
+    monkeypatch.setitem(gopen_schemes, "gs", lambda url, *args, **kwargs: open_ranged(url))
     urls = [f"{stream}/{name}" for name in list_names(stream, ".tar")]
     dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
     found = [decode_record(item["json"], item["__key__"]) for item in dataset]
