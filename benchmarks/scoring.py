@@ -125,7 +125,7 @@ def frozen(model: Any, route: HeadRoute, batches: list[Batch]) -> None:
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for batch in batches:
-        route.sample_losses(batch, frozen=True).sum().backward()
+        route.sample_losses(batch).sum().backward()
     handle.remove()
     for parameter, flag in zip(model.parameters(), flags):
         parameter.requires_grad_(flag)

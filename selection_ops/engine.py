@@ -233,7 +233,7 @@ class GradientEngine:
         )
         try:
             with torch.enable_grad():
-                loss_B = self._route.sample_losses(batch, frozen=True)
+                loss_B = self._route.sample_losses(batch)
                 loss_B.sum().backward()
         finally:
             self._projected.clear()

@@ -7,11 +7,10 @@ Losses are sums over the loss tokens of a sample, in nats; logits become float32
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 from selection_ops.batching import Batch
@@ -19,7 +18,50 @@ from selection_ops.model import evaluating
 
 log = logging.getLogger(__name__)
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 256
+"""Tokens whose logits stand at a time, on CPU; accelerators, which want large products, take four times as many."""
+
+_ROWS = 16
+"""Tokens whose softmax is taken at a time on CPU, in float32 that fits its cache: 4 ms of 1,024 tokens' 350, against 120."""
+
+
+class _Softmax:
+    """Losses of tokens and the softmax of their logits, a chunk at a time, in buffers that are made once.
+
+    The gradient of a token's loss with respect to its logits is softmax - onehot(label). The label's share is left to the caller, who
+    takes it off exactly, row by row: in bfloat16 the softmax keeps eight bits of every probability, where softmax - 1 loses those of
+    a small loss. Fresh buffers for every chunk cost as much as the products of a large vocabulary (page faults).
+    """
+
+    def __init__(self, hidden_TI: torch.Tensor, weight_VI: torch.Tensor, bias_V: torch.Tensor | None) -> None:
+        kind = hidden_TI.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VI.dtype
+        self.hidden_TI, self.weight_VI = hidden_TI.to(narrow), weight_VI.to(narrow)
+        self._bias_V = None if bias_V is None else bias_V.to(narrow)
+        self._wide = _wide(narrow)
+        self._chunk = min(CHUNK_TOKENS if kind == "cpu" else 4 * CHUNK_TOKENS, max(len(hidden_TI), 1))
+        self._rows = min(_ROWS, self._chunk) if kind == "cpu" else self._chunk
+        self._buffer_TV = hidden_TI.new_empty(self._chunk, len(weight_VI), dtype=narrow)
+        self._wide_TV = hidden_TI.new_empty(self._rows, len(weight_VI), dtype=self._wide)
+
+    def chunks(self, labels_T: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(tokens, their losses, their softmax [t, V]); the softmax stands until the next chunk is asked for."""
+        for start in range(0, len(labels_T), self._chunk):
+            part = slice(start, start + self._chunk)
+            hidden_tI = self.hidden_TI[part]
+            logits_tV = torch.mm(hidden_tI, self.weight_VI.T, out=self._buffer_TV[: len(hidden_tI)])
+            if self._bias_V is not None:
+                logits_tV += self._bias_V
+            picked_t = logits_tV.gather(1, labels_T[part, None])[:, 0].to(self._wide)
+            largest_t = logits_tV.amax(1).to(self._wide)
+            top_t = torch.empty_like(largest_t)
+            for row in range(0, len(logits_tV), self._rows):
+                block_rV = logits_tV[row : row + self._rows]
+                softmax_rV = torch.softmax(block_rV, 1, dtype=self._wide, out=self._wide_TV[: len(block_rV)])
+                torch.amax(softmax_rV, 1, out=top_t[row : row + self._rows])
+                block_rV.copy_(softmax_rV)
+            # log sum exp = largest logit - log of its probability, which is at least 1/V.
+            yield part, largest_t - top_t.log() - picked_t, logits_tV
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -29,18 +71,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TI: torch.Tensor, weight_VI: torch.Tensor, bias_V: torch.Tensor | None, labels_T: torch.Tensor
     ) -> torch.Tensor:
-        losses_T = torch.empty(len(labels_T), dtype=_wide(hidden_TI.dtype), device=hidden_TI.device)
-        gradient_TI = torch.empty_like(hidden_TI)
-        for start in range(0, len(labels_T), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits_TV = nn.functional.linear(hidden_TI[part], weight_VI, bias_V).to(losses_T.dtype)
-            labels = labels_T[part, None]
-            picked_T = logits_TV.gather(1, labels)[:, 0]
-            normaliser_T = torch.logsumexp(logits_TV, 1)
-            losses_T[part] = normaliser_T - picked_T
-            softmax_TV = logits_TV.sub_(normaliser_T[:, None]).exp_()
-            softmax_TV.scatter_add_(1, labels, softmax_TV.new_full(labels.shape, -1.0))
-            gradient_TI[part] = softmax_TV.to(weight_VI.dtype) @ weight_VI
+        losses_T = hidden_TI.new_empty(len(labels_T), dtype=_wide(hidden_TI.dtype))
+        gradient_TI = torch.empty_like(hidden_TI) if ctx.needs_input_grad[0] else None
+        head = _Softmax(hidden_TI, weight_VI, bias_V)
+        with torch.autocast(hidden_TI.device.type, enabled=False):
+            for part, loss_t, softmax_tV in head.chunks(labels_T):
+                losses_T[part] = loss_t
+                if gradient_TI is not None:
+                    gradient_TI[part] = (softmax_tV @ head.weight_VI).sub_(head.weight_VI[labels_T[part]])
         ctx.save_for_backward(gradient_TI)
         return losses_T
 
@@ -48,6 +86,52 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         (gradient_TI,) = ctx.saved_tensors
         return gradient_TI * upstream_T[:, None].to(gradient_TI.dtype), None, None, None
+
+
+class _WeightedHeadLoss(torch.autograd.Function):
+    """Weighted sum of the tokens' losses, with every gradient formed in forward: no chunk's logits are made twice.
+
+    Returns that sum and the losses themselves, through which nothing flows back. The weight gradient is summed over chunks in
+    the precision of the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TI: torch.Tensor,
+        weight_VI: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_T: torch.Tensor,
+        weight_T: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses_T = hidden_TI.new_empty(len(labels_T), dtype=_wide(hidden_TI.dtype))
+        wanted = zip((hidden_TI, weight_VI, bias_V), ctx.needs_input_grad)
+        hidden_grad_TI, grad_VI, grad_V = (
+            torch.zeros_like(x) if needed and x is not None else None for x, needed in wanted
+        )
+        head = _Softmax(hidden_TI, weight_VI, bias_V)
+        with torch.autocast(hidden_TI.device.type, enabled=False):
+            for part, loss_t, softmax_tV in head.chunks(labels_T):
+                losses_T[part] = loss_t
+                labels_t, weight_t1 = labels_T[part], weight_T[part, None]
+                if hidden_grad_TI is not None:
+                    pulled_tI = (softmax_tV @ head.weight_VI).sub_(head.weight_VI[labels_t])
+                    hidden_grad_TI[part] = pulled_tI * weight_t1
+                weighted_tI = (head.hidden_TI[part] * weight_t1).to(head.hidden_TI.dtype)
+                if grad_VI is not None:
+                    grad_VI += softmax_tV.T @ weighted_tI
+                    grad_VI.index_add_(0, labels_t, -weighted_tI.to(grad_VI.dtype))
+                if grad_V is not None:
+                    grad_V += (weight_t1.to(softmax_tV.dtype).T @ softmax_tV)[0]
+                    grad_V.index_add_(0, labels_t, -weight_t1[:, 0].to(grad_V.dtype))
+        ctx.save_for_backward(hidden_grad_TI, grad_VI, grad_V)
+        ctx.mark_non_differentiable(losses_T)
+        return (losses_T * weight_T).sum(), losses_T
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grads = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*grads, None, None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -75,26 +159,47 @@ class HeadRoute:
         else:
             log.info("%s does more than apply its head: whole logits are formed", type(model).__name__)
 
-    def sample_losses(self, batch: Batch, *, frozen: bool) -> torch.Tensor:
-        """Sum of token losses of every sample [B], float32 (float64 for float64 models).
-
-        `frozen`: the head gets no gradient, and logits stand for 512 tokens at a time. Otherwise ordinary autograd through
-        every parameter, with the chunks recomputed in backward.
-        """
-        mask_BT = batch.loss_BT[:, 1:]
-        labels_T = batch.ids_BT[:, 1:][mask_BT]
-        inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT.to(torch.int64), "use_cache": False}
+    def sample_losses(self, batch: Batch) -> torch.Tensor:
+        """Sum of token losses of every sample [B], float32 (float64 for float64 models); gradients reach the blocks, not the head."""
+        mask_BT, labels_T = _labels(batch)
         if self.head is None:
-            logits_TV = self.model(**inputs).logits[:, :-1][mask_BT]
-            losses_T = nn.functional.cross_entropy(logits_TV.to(_wide(logits_TV.dtype)), labels_T, reduction="none")
-            return _sum_by_sample(losses_T, mask_BT)
-        # Positions that predict no loss token never reach the head.
-        hidden_TI = self.model.base_model(**inputs)[0][:, :-1][mask_BT]
-        if frozen:
-            losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T)
+            losses_T = self._whole(batch)
         else:
-            losses_T = _checkpointed(self.head, hidden_TI, labels_T)
+            hidden_TI = self._hidden(batch)
+            losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T)
         return _sum_by_sample(losses_T, mask_BT)
+
+    def weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of w_i l_i with gradients to every parameter, sums of token losses l_i [B] without any), as `sample_losses`."""
+        mask_BT, labels_T = _labels(batch)
+        weight_T = weight_B[:, None].expand(mask_BT.shape)[mask_BT]
+        if self.head is None:
+            losses_T = self._whole(batch)
+            total = (losses_T * weight_T.to(losses_T)).sum()
+        else:
+            hidden_TI, head = self._hidden(batch), self.head
+            weight_T = weight_T.to(_wide(hidden_TI.dtype))
+            total, losses_T = _WeightedHeadLoss.apply(hidden_TI, head.weight, head.bias, labels_T, weight_T)
+        return total, _sum_by_sample(losses_T.detach(), mask_BT)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        # Positions that predict no loss token never reach the head.
+        return self.model.base_model(**_inputs(batch))[0][:, :-1][batch.loss_BT[:, 1:]]
+
+    def _whole(self, batch: Batch) -> torch.Tensor:
+        logits_TV = self.model(**_inputs(batch)).logits[:, :-1][batch.loss_BT[:, 1:]]
+        labels_T = _labels(batch)[1]
+        return nn.functional.cross_entropy(logits_TV.to(_wide(logits_TV.dtype)), labels_T, reduction="none")
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT.to(torch.int64), "use_cache": False}
+
+
+def _labels(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which positions predict a loss token [B, T - 1], those tokens [T])."""
+    mask_BT = batch.loss_BT[:, 1:]
+    return mask_BT, batch.ids_BT[:, 1:][mask_BT]
 
 
 @torch.no_grad()
@@ -113,39 +218,16 @@ def _plain_head(model: Any, base: Any, head: nn.Linear) -> bool:
     return bool((whole - parts)[known].abs().max() <= 1e-3 * whole[known].abs().max().clamp_min(1e-6))
 
 
-def _chunk_losses(head: nn.Module, hidden_TI: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    logits_TV = head(hidden_TI)
-    return nn.functional.cross_entropy(logits_TV.to(_wide(logits_TV.dtype)), labels_T, reduction="none")
-
-
-def _checkpointed(head: nn.Module, hidden_TI: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    run: Callable[..., torch.Tensor] = torch.utils.checkpoint.checkpoint
-    if len(labels_T) <= CHUNK_TOKENS or not torch.is_grad_enabled():
-        run = lambda function, *args, use_reentrant: function(*args)  # noqa: E731
-    pieces = [
-        run(
-            _chunk_losses,
-            head,
-            hidden_TI[start : start + CHUNK_TOKENS],
-            labels_T[start : start + CHUNK_TOKENS],
-            use_reentrant=False,
-        )
-        for start in range(0, max(len(labels_T), 1), CHUNK_TOKENS)
-    ]
-    return torch.cat(pieces)
-
-
 def step_loss(
     model: Any, batch: Batch, weights_B: torch.Tensor, *, normaliser: torch.Tensor | float | None = None
 ) -> torch.Tensor:
     """sum of w_i l_i over sum of w_i n_i: with w = 1 exactly the token mean that transformers trains on. Nats per token.
 
     `model` is a causal language model or its `HeadRoute` (cheaper: found once). `normaliser` replaces sum w_i n_i where the batch
-    is a part of a larger one. Ordinary autograd through every parameter; the mode of the model is the caller's.
+    is a part of a larger one. Gradients reach every parameter; the mode of the model is the caller's.
     """
     route = model if isinstance(model, HeadRoute) else HeadRoute(model)
-    losses_B = route.sample_losses(batch, frozen=False)
-    weights_B = weights_B.to(losses_B)
+    weights_B = weights_B.to(batch.loss_BT.device, torch.float64)
     if normaliser is None:
         normaliser = (weights_B * batch.loss_BT[:, 1:].sum(1)).sum()
-    return (weights_B * losses_B).sum() / normaliser
+    return route.weighted_loss(batch, weights_B / normaliser)[0]

@@ -25,7 +25,7 @@ def evaluate(model: Any, samples: Sequence[Encoded], batch_tokens: int, dtype: s
         for indices in length_batches([len(item.ids) for item in samples], batch_tokens):
             batch = collate([samples[index] for index in indices], device=device)
             with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                total += float(route.sample_losses(batch, frozen=True).double().sum())
+                total += float(route.sample_losses(batch).double().sum())
     finally:
         model.train(training)
     return total / tokens

@@ -235,7 +235,7 @@ class OnlineStep:
             batch = [target[index] for index in indices]
             padding.add(batch)
             with self._arithmetic():
-                loss = self._route.sample_losses(collate(batch, device=self._device), frozen=True).sum() / tokens
+                loss = self._route.sample_losses(collate(batch, device=self._device)).sum() / tokens
             for held, gradient in zip(sums, torch.autograd.grad(loss, weights)):
                 held += gradient
             total += float(loss.detach())
@@ -323,11 +323,10 @@ class OnlineStep:
         for indices in length_batches([item.tokens for item in items], self._batch_tokens):
             batch = [items[index].encoded for index in indices]
             padding.add(batch)
+            share_B = torch.tensor([weights[index] / normaliser for index in indices], dtype=torch.float64)
             with self._arithmetic():
-                loss_B = self._route.sample_losses(collate(batch, device=self._device), frozen=False)
-            weight_B = torch.tensor([weights[index] for index in indices], dtype=loss_B.dtype, device=self._device)
-            loss = (loss_B * weight_B).sum() / normaliser
-            for index, value in zip(indices, loss_B.detach().tolist()):
+                loss, loss_B = self._route.weighted_loss(collate(batch, device=self._device), share_B.to(self._device))
+            for index, value in zip(indices, loss_B.tolist()):
                 loss_S[index] = value
             bad = [items[index] for index in indices if not math.isfinite(loss_S[index])]
             if bad:

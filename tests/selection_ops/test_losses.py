@@ -98,19 +98,20 @@ def test_frozen_head_gives_the_losses_and_input_gradients_of_autograd(
     upstream = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     exact_B = torch.stack([sample_loss(model, item.ids, item.loss_mask) for item in items])
     (wanted,) = torch.autograd.grad((exact_B * upstream).sum(), weight)
-    found_B = route.sample_losses(collate(items), frozen=True)
+    found_B = route.sample_losses(collate(items))
     (found,) = torch.autograd.grad((found_B * upstream).sum(), weight)
     # float64, some hundred operations on numbers of size up to 10.
     assert torch.allclose(found_B, exact_B, rtol=1e-12, atol=0)
     assert float((found - wanted).norm()) < 1e-10 * float(wanted.norm())
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_model_that_caps_its_logits_takes_the_whole_route(frozen: bool) -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_model_that_caps_its_logits_takes_the_whole_route(weighted: bool) -> None:
     model, batch = gemma(), collate(samples())
     route = HeadRoute(model)
     assert route.head is None
-    found = route.sample_losses(batch, frozen=frozen).sum() / batch.loss_BT.sum()
+    summed = route.weighted_loss(batch, torch.ones(4))[0] if weighted else route.sample_losses(batch).sum()
+    found = summed / batch.loss_BT.sum()
     # float32 with a mean of some twenty losses.
     assert float(found.detach()) == pytest.approx(float(hugging_face_loss(model, batch).detach()), rel=1e-6)
 
@@ -127,8 +128,9 @@ def test_the_route_is_found_in_eval_mode_and_leaves_the_mode() -> None:
 def test_samples_without_loss_tokens_have_loss_zero() -> None:
     model = tiny_llama()
     silent = Encoded(ids=[3, 4, 5], loss_mask=[False, False, False])
-    for frozen in (True, False):
-        loss_B = HeadRoute(model).sample_losses(collate([silent, *samples()]), frozen=frozen)
+    route = HeadRoute(model)
+    for losses_of in (route.sample_losses, lambda batch: route.weighted_loss(batch, torch.ones(len(batch.ids_BT)))[1]):
+        loss_B = losses_of(collate([silent, *samples()]))
         assert loss_B[0] == 0
         assert (loss_B[1:] > 0).all()
-        assert HeadRoute(model).sample_losses(collate([silent]), frozen=frozen).tolist() == [0.0]
+        assert losses_of(collate([silent])).tolist() == [0.0]

@@ -245,7 +245,7 @@ def test_final_optimizer_false_leaves_the_moments_out_of_the_last_checkpoint_alo
     manifest.unlink()
     assert train(run, settings(folder, "light", **given)) == summary
     assert manifest.read_bytes() == before
-    with pytest.raises(InputError, match="optimizer.safetensors does not exist"):
+    with pytest.raises(InputError, match=r"optimizer\.safetensors does not exist"):
         train(run, settings(folder, "after", policy="full", optimizer_state=str(checkpoints / "step-00000003")))
 
 
