@@ -23,6 +23,7 @@ VERBS = {
     "report": "write a run as one HTML page",
     "status": "show what is done, missing and rejected",
     "verify": "check every checksum, count and lineage of a run",
+    "check": "recompute random rows exactly: are sketches intact, and good enough",
     "schema": "print the columns of a table with their units",
     "demo": "run the whole path on a real model and a real corpus",
 }

@@ -74,3 +74,29 @@ class TargetOptions:
     """`swap` also scores the target with its completions exchanged between rows, for `lehr select --contrast swap`."""
     energy: float = 0.945
     """Share of the trace at which the elbow between stiff and flat directions is put."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What of a scored run is recomputed."""
+
+    rows: int = 32
+    """Scored rows to recompute, drawn over all work units; all of them where there are fewer."""
+    target: str = ""
+    """Target whose samples are recomputed beside the rows; left out, the only one there is, or none."""
+    target_rows: int = 16
+    """Target samples to recompute, drawn likewise; 0 takes all."""
+    selection: str = ""
+    """Draw half of the rows from what this selection chose and half from what it left, and repeat its choice among them."""
+    seed: int = 0
+    """Which rows are drawn; another seed checks others."""
+    memory_gb: float = 4.0
+    """Memory for exact gradients; with less, they are made in more passes, each of which runs the model over every row."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 2:
+            raise InputError(f"rows must be at least 2, so that there is an inner product, not {self.rows}")
+        if self.target_rows < 0:
+            raise InputError(f"target_rows must be 0 (all) or positive, not {self.target_rows}")
+        if not self.memory_gb > 0:
+            raise InputError(f"memory_gb must be positive, not {self.memory_gb}")
