@@ -13,11 +13,15 @@ from selection_ops.encoding import Encoded
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Right-padded samples. ids_BT int64; attention_BT and loss_BT bool: real tokens, and tokens that carry loss."""
+    """Right-padded samples. ids_BT int64; attention_BT and loss_BT bool: real tokens, and tokens that carry loss.
+
+    labels_BT: what the loss tokens are taken to be, where that is not what the model reads (labels sampled from a model).
+    """
 
     ids_BT: torch.Tensor
     attention_BT: torch.Tensor
     loss_BT: torch.Tensor
+    labels_BT: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

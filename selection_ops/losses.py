@@ -199,7 +199,8 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 def _labels(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(which positions predict a loss token [B, T - 1], those tokens [T])."""
     mask_BT = batch.loss_BT[:, 1:]
-    return mask_BT, batch.ids_BT[:, 1:][mask_BT]
+    labels_BT = batch.ids_BT if batch.labels_BT is None else batch.labels_BT
+    return mask_BT, labels_BT[:, 1:][mask_BT]
 
 
 @torch.no_grad()
