@@ -39,10 +39,13 @@ class TargetData:
 
 
 def write_spectrum(run: Run, folder: str, geometry: TargetGeometry, spec: FeatureSpec) -> Part:
-    """Write `spectrum.parquet`: both spectra, a row per eigenvalue above the floor."""
-    tables = [_spectrum_table(s, geometry) for s in (geometry.centred, geometry.empirical)]
-    notes: dict[str, Any] = {s.kind: _scalars(s) for s in (geometry.centred, geometry.empirical)}
+    """Write `spectrum.parquet`: every spectrum, a row per eigenvalue above the floor."""
+    spectra = [s for s in (geometry.centred, geometry.empirical, geometry.sampled) if s is not None]
+    tables = [_spectrum_table(s, geometry) for s in spectra]
+    notes: dict[str, Any] = {s.kind: _scalars(s) for s in spectra}
     notes["energy"], notes["floor"] = geometry.energy, geometry.floor
+    if (geometry.curvature, geometry.damping_factor) != ("centred", 1.0):
+        notes["curvature"], notes["damping_factor"] = geometry.curvature, geometry.damping_factor
     footer = Footer(schema="spectrum", spec=spec.fingerprint, notes=notes)
     return write_table(run.url, f"{folder}/spectrum.parquet", pa.concat_tables(tables), footer)
 
@@ -101,6 +104,9 @@ def read_target(run: Run, target: str, scoring: str, spec: FeatureSpec) -> Targe
         energy=footer.notes["energy"],
         floor=footer.notes["floor"],
         swapped_mean_K=swapped.mean(dim=0) if len(swapped) else None,
+        sampled=_spectrum(spectrum_table, "gauss-newton", footer) if "gauss-newton" in footer.notes else None,
+        curvature=footer.notes.get("curvature", "centred"),
+        damping_factor=footer.notes.get("damping_factor", 1.0),
     )
     return TargetData(
         name=target,

@@ -74,6 +74,18 @@ class TargetOptions:
     """`swap` also scores the target with its completions exchanged between rows, for `lehr select --contrast swap`."""
     energy: float = 0.945
     """Share of the trace at which the elbow between stiff and flat directions is put."""
+    curvature: Literal["centred", "empirical", "gauss-newton"] = "centred"
+    """Fisher of the target's gradients without or with their mean, or the Gauss-Newton matrix at labels sampled from the model."""
+    draws: int = 4
+    """Times that the labels of every target sample are sampled, for the curvature gauss-newton."""
+    damping: float = 1.0
+    """Damping of (C + delta I)^-1, as a multiple of the mean eigenvalue."""
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise InputError(f"draws must be at least 1, not {self.draws}")
+        if not self.damping > 0:
+            raise InputError(f"damping must be a positive multiple of the mean eigenvalue, not {self.damping}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from selection_ops.batching import collate, length_batches
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.engine import GradientEngine, SampleFeatures
 from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
+from selection_ops.sampling import sampled_labels
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,28 @@ class SampleScorer:
             self._engine = GradientEngine.from_spec(loaded.model, self.spec)
         return self._engine
 
-    def score(self, samples: Sequence[Sample], on_tokens: Callable[[int], None] = lambda count: None) -> Scored:
-        """Features of every sample, computed in length-sorted batches of bounded tokens."""
+    def sampled_labels(self, samples: Sequence[Sample], draws: int) -> list[list[list[int]]]:
+        """Labels drawn from the model for every sample, [draws][samples][tokens]; a function of seed, sample id and draw."""
+        model = self._loaded_engine().model
+        found = [
+            sampled_labels(
+                model,
+                self.encoder.encode(sample.text, sample.loss_spans),
+                seed=self.spec.seed,
+                sample_id=sample.sample_id,
+                draws=draws,
+            )
+            for sample in samples
+        ]
+        return [[labels[draw] for labels in found] for draw in range(draws)]
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        on_tokens: Callable[[int], None] = lambda count: None,
+        labels: Sequence[list[int]] | None = None,
+    ) -> Scored:
+        """Features of every sample, computed in length-sorted batches of bounded tokens; with `labels`, those of the loss at them."""
         encoded = [self.encoder.encode(sample.text, sample.loss_spans) for sample in samples]
         engine = self._loaded_engine()
         rows: list[tuple[float, int, float, np.ndarray] | None] = [None] * len(samples)
@@ -114,7 +135,11 @@ class SampleScorer:
             while queue:
                 indices = queue.pop()
                 try:
-                    result = self._features(engine, [encoded[index] for index in indices])
+                    result = self._features(
+                        engine,
+                        [encoded[index] for index in indices],
+                        None if labels is None else [labels[index] for index in indices],
+                    )
                 except Exception as error:
                     if len(indices) > 1:
                         # Out of memory halves the batch; any other failure is narrowed down to the sample that causes it.
@@ -150,9 +175,13 @@ class SampleScorer:
             batch_halvings=halvings,
         )
 
-    def _features(self, engine: GradientEngine, batch: list[Encoded]) -> SampleFeatures:
+    def _features(self, engine: GradientEngine, batch: list[Encoded], labels: list[list[int]] | None) -> SampleFeatures:
         try:
-            return engine.features(collate(batch, device=self._device))
+            made = collate(batch, device=self._device)
+            if labels is not None:
+                padded = [row + row[:1] * (made.ids_BT.shape[1] - len(row)) for row in labels]
+                made = dataclasses.replace(made, labels_BT=torch.tensor(padded, device=self._device))
+            return engine.features(made)
         finally:
             if (
                 self._device.type == "cuda"

@@ -20,26 +20,23 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.geometry import full_sketches, write_spectrum
 from pipelines.options import Execution, ScoringOptions, TargetOptions
-from pipelines.plan import corpus_files
-from pipelines.readers import file_format, get_reader
 from pipelines.results import GatherResults, read_results
 from pipelines.runners import end_with_supervisor, run_job
-from pipelines.scorer import SampleScorer, load_encoder, scored_columns
+from pipelines.scorer import SampleScorer, Scored, load_encoder, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
+from pipelines.target_data import read_parts, refuse_overlap
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
 from schemas.fingerprint import fingerprint, plain
-from schemas.ids import content_id, sample_id
 from schemas.manifest import Manifest, write_manifest
 from schemas.parquet import Footer, decode_table, write_table
 from schemas.run import Run, check_name
-from schemas.sample import Reject, Row, Sample
-from schemas.spec import CorpusColumns, FeatureSpec, PlanSpec
+from schemas.sample import Reject, Sample
+from schemas.spec import FeatureSpec
 from schemas.storage import exists, list_names, read_bytes
 from schemas.tables import table_schema
 from schemas.timings import HeartbeatWriter
 from selection_ops.curvature import TargetGeometry, describe_target
-from selection_ops.encoding import Encoder
-from selection_ops.overlap import OVERLAP_LIMIT, OverlapIndex
+from selection_ops.damping import damping_report
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +50,8 @@ class _Chunk:
     part: str
     index: int
     samples: tuple[Sample, ...]
+    draws: int = 0
+    """Times that labels are sampled; 0 keeps the samples' own."""
 
     @property
     def key(self) -> str:
@@ -93,21 +92,34 @@ class _ChunkScorer:
         path = self._settings.chunk_path(self._run, chunk.key)
         if not _sound_chunk(self._run, path, self._spec):
             self._heart.unit(chunk.key)
-            scored = self._scorer.score(chunk.samples, self._heart.tokens)
-            schema = table_schema("target_samples", self._spec.sketch_size)
-            columns = {
-                **scored_columns(scored, schema),
-                "part": [chunk.part] * len(scored.samples),
-                "text": [sample.text for sample in scored.samples],
-                "loss_spans": [orjson.dumps(sample.loss_spans).decode() for sample in scored.samples],
-            }
-            notes = {"rejects": [plain(reject) for reject in scored.rejects]}
+            if chunk.draws:
+                drawn = self._scorer.sampled_labels(chunk.samples, chunk.draws)
+                scored = [self._scorer.score(chunk.samples, self._heart.tokens, labels) for labels in drawn]
+            else:
+                scored = [self._scorer.score(chunk.samples, self._heart.tokens)]
+            table = pa.concat_tables(
+                self._table(f"{chunk.part} {draw}" if chunk.draws else chunk.part, found)
+                for draw, found in enumerate(scored)
+            )
+            # A draw without a gradient is a zero in the mean over draws, not a reject: the sample itself is none.
+            rejects = [] if chunk.draws else scored[0].rejects
+            notes = {"rejects": [plain(reject) for reject in rejects]}
             footer = Footer(
                 schema="target_samples", spec=self._spec.fingerprint, inputs={"chunk": chunk.key}, notes=notes
             )
-            write_table(self._run.url, path, pa.table(columns, schema=schema), footer)
+            write_table(self._run.url, path, table, footer)
         self._heart.unit_done()
         return {"key": chunk.key}
+
+    def _table(self, part: str, scored: Scored) -> pa.Table:
+        schema = table_schema("target_samples", self._spec.sketch_size)
+        columns = {
+            **scored_columns(scored, schema),
+            "part": [part] * len(scored.samples),
+            "text": [sample.text for sample in scored.samples],
+            "loss_spans": [orjson.dumps(sample.loss_spans).decode() for sample in scored.samples],
+        }
+        return pa.table(columns, schema=schema)
 
 
 def _sound_chunk(run: Run, path: str, spec: FeatureSpec) -> bool:
@@ -156,6 +168,8 @@ class TargetReport:
     counts: dict[str, int]
     rejects: tuple[Reject, ...]
     geometry: dict[str, Any]
+    damping: dict[str, Any]
+    """A row per damping, and the recommended one with the reason (`selection_ops.damping`)."""
     coverage: dict[str, Any]
     fingerprint: str
 
@@ -180,8 +194,8 @@ def describe(
     check_name("target", name)
     spec, location = scoring_spec(run, scoring, scoring_options)
     encoder = load_encoder(spec, location)
-    parts, rejects = _read_parts(name, options, encoder)
-    _refuse_overlap(parts)
+    parts, rejects = read_parts(name, options, encoder)
+    refuse_overlap(parts)
     target_spec = {
         "scoring": scoring,
         "target": name,
@@ -191,12 +205,14 @@ def describe(
         "content": {
             part: fingerprint([[s.sample_id, s.content_id] for s in samples]) for part, samples in parts.items()
         },
+        **_choices(options),
     }
     manifest_name = f"{name}.{scoring}"
     if exists(run.path(run.manifest_path("target", manifest_name))):
         before = run.manifest("target", manifest_name)
         if before.spec != target_spec:
-            differing = sorted(key for key in target_spec if before.spec.get(key) != target_spec[key])
+            keys = {*before.spec, *target_spec}
+            differing = sorted(key for key in keys if before.spec.get(key) != target_spec.get(key))
             raise InputError(
                 f"target {name!r} was described before with other {', '.join(differing)}; give this one another name with --name"
             )
@@ -206,97 +222,54 @@ def describe(
         for part, samples in parts.items()
         for number, start in enumerate(range(0, len(samples), CHUNK_SAMPLES))
     )
-    lengths = [len(encoder.encode(s.text, s.loss_spans).ids) for samples in parts.values() for s in samples]
-    on_start(len(lengths), sum(lengths))
+    lengths = {
+        part: [len(encoder.encode(s.text, s.loss_spans).ids) for s in samples] for part, samples in parts.items()
+    }
+    tokens = sum(map(sum, lengths.values()))
+    if options.curvature == "gauss-newton":
+        chunks += tuple(
+            _Chunk(part=f"sampled-{options.draws}", index=number, samples=chunk.samples, draws=options.draws)
+            for number, chunk in enumerate(chunk for chunk in chunks if chunk.part == "reference")
+        )
+        tokens += options.draws * sum(lengths["reference"])
+    on_start(sum(map(len, lengths.values())), tokens)
     tables, score_rejects = _score_chunks(run, settings, chunks, execution, tick)
     rejects += score_rejects
-    table = pa.concat_tables(tables)
-    geometry = _geometry(table, name, options)
-    return _write(run, name, scoring, spec, target_spec, table, geometry, rejects)
+    whole = pa.concat_tables(tables)
+    table = whole.filter(pc.is_in(whole["part"], pa.array(list(parts))))
+    sampled_MDK = _sampled(whole, options) if options.curvature == "gauss-newton" else None
+    geometry = _geometry(table, name, options, sampled_MDK)
+    damping = damping_report(geometry, sampled_MDK)
+    return _write(run, name, scoring, spec, target_spec, table, geometry, damping, rejects)
 
 
-def _read_parts(
-    name: str, options: TargetOptions, encoder: Encoder
-) -> tuple[dict[str, tuple[Sample, ...]], list[Reject]]:
-    parts: dict[str, tuple[Sample, ...]] = {}
-    rejects: list[Reject] = []
-    for part, source in (("reference", options.data), ("evaluation", options.eval)):
-        if source:
-            samples, refused = _read(f"{name}/{part}", source, options.columns, encoder)
-            if not samples:
-                reasons = "; ".join(f"{r.path} row {r.row}: {r.reason} {r.detail}".strip() for r in refused[:3])
-                raise InputError(f"{source}: no usable sample for the target ({reasons or 'it has no rows'})")
-            parts[part] = samples
-            rejects += refused
-    if options.contrast == "swap":
-        parts["swapped"] = swap_completions(f"{name}/swapped", parts["reference"])
-    return parts, rejects
+def _choices(options: TargetOptions) -> dict[str, Any]:
+    """What differs from the defaults of how curvature is estimated; targets of the defaults keep the spec they always had."""
+    found: dict[str, Any] = {}
+    if options.curvature != "centred":
+        found["curvature"] = options.curvature
+    if options.curvature == "gauss-newton":
+        found["draws"] = options.draws
+    if options.damping != 1.0:
+        found["damping"] = options.damping
+    return found
 
 
-def _read(
-    corpus: str, source: str, columns: CorpusColumns, encoder: Encoder
-) -> tuple[tuple[Sample, ...], list[Reject]]:
-    spec = PlanSpec(corpus=corpus, columns=columns)
-    root, files = corpus_files(source)
-    samples: list[Sample] = []
-    rejects: list[Reject] = []
-    for path in files:
-        reader = get_reader(file_format(path, spec))
-        for unit in reader.scan(root, path, spec):
-            for item in reader.rows(root, unit, spec):
-                made_all = encoder.samples(item, corpus) if isinstance(item, Row) else [item]
-                for made in made_all:
-                    if isinstance(made, Sample):
-                        samples.append(made)
-                    else:
-                        rejects.append(made)
-    return tuple(samples), rejects
-
-
-def swap_completions(corpus: str, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    """Every sample's text up to its first loss span, followed by what the next sample (cyclically) carries loss on.
-
-    Raises `InputError` where a sample has no prompt before its loss span, or where there are fewer than two samples.
-    """
-    if len(samples) < 2:
-        raise InputError("a swapped contrast needs at least two target samples")
-    swapped = []
-    for index, sample in enumerate(samples):
-        other = samples[(index + 1) % len(samples)]
-        start = sample.loss_spans[0][0]
-        if start == 0:
-            raise InputError(
-                f"{sample.path} row {sample.row}: a swapped contrast exchanges answers, and this sample has no prompt; "
-                "name --prompt-column and --completion-column"
-            )
-        answer = other.text[other.loss_spans[0][0] : other.loss_spans[-1][1]]
-        text = sample.text[:start] + answer
-        spans = ((start, len(text)),)
-        swapped.append(
-            dataclasses.replace(
-                sample,
-                text=text,
-                loss_spans=spans,
-                char_end=sample.char_start + len(text),
-                content_id=content_id(text, spans),
-                sample_id=sample_id(corpus, sample.path, sample.row, sample.window),
-            )
-        )
-    return tuple(swapped)
-
-
-def _refuse_overlap(parts: dict[str, tuple[Sample, ...]]) -> None:
-    if "evaluation" not in parts:
-        return
-    index = OverlapIndex({"reference": parts["reference"]})
-    found = [(share, sample) for sample in parts["evaluation"] if (share := index.overlap(sample)[0]) > OVERLAP_LIMIT]
-    if found:
-        share, sample = max(found, key=lambda pair: pair[0])
-        raise InputError(
-            f"{len(found)} of {len(parts['evaluation'])} evaluation samples overlap the target, "
-            f"worst {sample.path} row {sample.row} ({share:.0%} of its masked 8-grams: {sample.preview[:60]!r}). "
-            "A held-out loss on them would measure memory: remove them from one of the two files"
-        )
+def _sampled(table: pa.Table, options: TargetOptions) -> torch.Tensor:
+    """Sketches at sampled labels of every reference sample that was scored, [M, D, K]; zero where a draw has no gradient."""
+    place = {
+        sample_id: index
+        for index, sample_id in enumerate(table.filter(pc.equal(table["part"], "reference"))["sample_id"].to_pylist())
+    }
+    sampled_MDK = torch.zeros(
+        len(place), options.draws, table.schema.field("sketch").type.list_size, dtype=torch.float64
+    )
+    for draw in range(options.draws):
+        rows = table.filter(pc.equal(table["part"], f"sampled-{options.draws} {draw}"))
+        for sample_id, sketch_K in zip(rows["sample_id"].to_pylist(), full_sketches(rows)):
+            if sample_id in place:
+                sampled_MDK[place[sample_id], draw] = sketch_K
+    return sampled_MDK
 
 
 def _score_chunks(
@@ -329,7 +302,7 @@ def _score_chunks(
     return tables, rejects
 
 
-def _geometry(table: pa.Table, name: str, options: TargetOptions) -> TargetGeometry:
+def _geometry(table: pa.Table, name: str, options: TargetOptions, sampled_MDK: torch.Tensor | None) -> TargetGeometry:
     reference = full_sketches(table.filter(pc.equal(table["part"], "reference")))
     if not len(reference):
         raise InputError(
@@ -337,7 +310,14 @@ def _geometry(table: pa.Table, name: str, options: TargetOptions) -> TargetGeome
         )
     swapped = full_sketches(table.filter(pc.equal(table["part"], "swapped")))
     mean: torch.Tensor | None = swapped.mean(dim=0) if len(swapped) else None
-    return describe_target(reference, energy=options.energy, swapped_mean_K=mean)
+    return describe_target(
+        reference,
+        energy=options.energy,
+        swapped_mean_K=mean,
+        curvature=options.curvature,
+        sampled_MDK=sampled_MDK,
+        damping_factor=options.damping,
+    )
 
 
 def _write(
@@ -348,6 +328,7 @@ def _write(
     target_spec: dict[str, Any],
     table: pa.Table,
     geometry: TargetGeometry,
+    damping: dict[str, Any],
     rejects: list[Reject],
 ) -> TargetReport:
     folder = run.target_folder(name, scoring)
@@ -362,7 +343,12 @@ def _write(
         spec=target_spec,
         inputs={"scoring": declared.fingerprint},
         parts=(samples_part, spectrum_part),
-        summary={"counts": counts, "geometry": geometry.summary(), "rejects": [plain(reject) for reject in rejects]},
+        summary={
+            "counts": counts,
+            "geometry": geometry.summary(),
+            "damping": damping,
+            "rejects": [plain(reject) for reject in rejects],
+        },
     )
     write_manifest(run.path(run.manifest_path("target", manifest.name)), manifest)
     return TargetReport(
@@ -371,6 +357,7 @@ def _write(
         counts=counts,
         rejects=tuple(rejects),
         geometry=geometry.summary(),
+        damping=damping,
         coverage=declared.summary,
         fingerprint=manifest.fingerprint,
     )

@@ -152,7 +152,7 @@ def _target_samples(k: int) -> pa.Schema:
 def _spectrum(k: int) -> pa.Schema:
     return pa.schema(
         [
-            _field("fisher", pa.string(), "centred or empirical"),
+            _field("fisher", pa.string(), "centred, empirical or gauss-newton"),
             _field("index", pa.int32(), "position in descending order of eigenvalue, from 0"),
             _field("eigenvalue", pa.float64(), "eigenvalue of the target's sketched curvature", "nats^2"),
             _field("part", pa.string(), "stiff (before the elbow) or flat (after it); null directions are not listed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -32,6 +32,13 @@ class Command:
     """`swap` also scores the target with its answers exchanged between rows, for `lehr select --contrast swap`."""
     energy: float = 0.945
     """Share of the trace at which the elbow between stiff and flat directions is put."""
+    curvature: Literal["centred", "empirical", "gauss-newton"] = "centred"
+    """What stiff, flat and damped mean: the Fisher of the target's gradients without their mean, or with it, or the Gauss-Newton
+    matrix at labels sampled from the model (--draws passes over the target more)."""
+    draws: int = 4
+    """Times that the labels of every target sample are sampled, for --curvature gauss-newton."""
+    damping: float = 1.0
+    """Damping of influence and damped gains, as a multiple of the mean eigenvalue; the table printed says which can be trusted."""
     columns: tyro.conf.OmitArgPrefixes[ColumnOptions] = ColumnOptions()
     features: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
     execution: tyro.conf.OmitArgPrefixes[Execution] = Execution()
@@ -57,6 +64,9 @@ class Command:
                     columns=self.columns.columns(),
                     contrast=self.contrast,
                     energy=self.energy,
+                    curvature=self.curvature,
+                    draws=self.draws,
+                    damping=self.damping,
                 ),
                 self.features,
                 self.execution,
@@ -74,7 +84,10 @@ class Command:
                         "M against k",
                         f"{numbers['target_samples']:,} samples, {numbers['sketch_dimension']:,} dimensions",
                     ),
-                    ("elbow k*", f"{numbers['k_star']} stiff directions ({numbers['k_star_empirical']} uncentred)"),
+                    (
+                        "elbow k*",
+                        f"{numbers['k_star']} stiff directions, {self.curvature} ({numbers['k_star_empirical']} uncentred)",
+                    ),
                     ("null dimension", numbers["null_dimension"]),
                     (
                         "mean gradient",
@@ -87,7 +100,36 @@ class Command:
         )
         for reject in report.rejects[:5]:
             console.print(f"  {reject.path} row {reject.row}: {reject.reason} {reject.detail}", markup=False)
+        console.print(_damping_table(report.damping))
+        recommended = report.damping["recommended_factor"]
+        advice = f"--damping {recommended:.3g}" if recommended else "none recommended"
+        console.print(f"damping: {advice}; {report.damping['reason']}", markup=False)
         for warning in numbers["warnings"]:
             console.print(f"note: {warning}", markup=False)
         console.print(f"Next: lehr score {self.run_dir}")
         return 0
+
+
+def _damping_table(damping: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        "damping", "at", "dim.", "passed", "gain kept", "cost", "signal", "", show_edge=False, pad_edge=False,
+        header_style="bold", box=None, title="Damping, on unseen target samples (two-fold)", title_justify="left",
+    )  # fmt: skip
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in damping["rows"]:
+        table.add_row(
+            f"{row['damping']:.3g}",
+            row["at"],
+            f"{row['effective_dimension']:.1f}",
+            f"{row['share_passed']:.0%}",
+            cell(row["gain_ratio"], ".0%"),
+            cell(row["cost_ratio"], ".2f"),
+            cell(row["signal_heldout"], ".2f"),
+            "best" if row["damping"] == damping["recommended"] else "" if row["trusted"] else "untrusted",
+        )
+    return table

@@ -126,7 +126,7 @@ def _count(items: list[Any], word: str) -> str:
 def target_section(target: TargetData) -> dict[str, Any]:
     """Spectrum, what its directions hold, and the numbers that decide trust."""
     geometry = target.summary.get("geometry", {})
-    rows = target.spectra.get("centred") or next(iter(target.spectra.values()))
+    rows = target.spectra.get(geometry.get("curvature", "centred")) or next(iter(target.spectra.values()))
     stiff = sum(row["part"] == "stiff" for row in rows)
     dimension = geometry.get("sketch_dimension") or len(rows)
     many = len(rows) > 60
@@ -138,10 +138,17 @@ def target_section(target: TargetData) -> dict[str, Any]:
     if null > 0 and last > len(rows):
         bands.append(Band(name=f"null ({null:,})", start=len(rows) + 0.5, end=min(x.high, last + 0.5), style="null"))
     lines = []
-    for style, fisher in enumerate(("centred", "empirical")):
+    for style, fisher in enumerate(("centred", "empirical", "gauss-newton")):
         if fisher in target.spectra:
             points = [(row["position"] + 1.0, row["eigenvalue"]) for row in target.spectra[fisher]]
-            lines.append(Series(name=f"{fisher} Fisher", points=points, style=style, faint=style > 0))
+            lines.append(
+                Series(
+                    name="Gauss-Newton" if style == 2 else f"{fisher} Fisher",
+                    points=points,
+                    style=style,
+                    faint=style > 0,
+                )
+            )
     values = [y for line in lines for _, y in line.points]
     spectrum = line_chart(
         f"Spectrum of {target.target}",
@@ -180,6 +187,8 @@ def target_section(target: TargetData) -> dict[str, Any]:
         ("mean gradient in stiff", _percent(geometry.get("share_stiff"))),
         ("mean gradient in flat", _percent(geometry.get("share_flat"))),
         ("mean gradient in null", _percent(geometry.get("share_null"))),
+        ("damping in use", geometry.get("damping")),
+        ("damping recommended", target.summary.get("damping", {}).get("recommended")),
     ]
     return {
         "name": target.target,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from schemas.errors import LehrError
-from selection_ops.curvature import TargetGeometry, describe_target
+from selection_ops.curvature import TargetGeometry
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import Choice
 from selection_ops.selectors.problem import Problem, plain_target
@@ -152,9 +152,7 @@ def _two_fold(problem: Problem, geometry: TargetGeometry, warnings: list[str]) -
     tokens: list[np.ndarray] = []
     try:
         for own_MK, other_MK in (halves, halves[::-1]):
-            half = describe_target(
-                own_MK, energy=geometry.energy, floor=geometry.floor, swapped_mean_K=geometry.swapped_mean_K
-            )
+            half = geometry.of_rows(own_MK)
             again = problem.with_geometry(half, settings)
             choice = problem.selector.choose(again)
             other_K = other_MK.mean(dim=0)

@@ -36,7 +36,7 @@ def limited(problem: Problem, *, published: bool = False) -> tuple[FeasibleSet, 
     else:
         mean_cost = float(cost_n.mean())
         if settings.stiff_limit_kind == "target":
-            mean_cost = _target_cost(problem, problem.geometry.empirical if published else problem.geometry.centred)
+            mean_cost = _target_cost(problem, problem.geometry.empirical if published else problem.geometry.spectrum)
         limit = settings.stiff_limit * mean_cost * samples
     feasible = problem.feasible(cost_n, limit)
     certificate: dict[str, Any] = {

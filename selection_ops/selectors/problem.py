@@ -238,10 +238,10 @@ def target_direction(problem: Problem) -> torch.Tensor:
     geometry, settings = problem.geometry, problem.settings
     gain_K = geometry.mean_K
     if settings.gain == "flat+null":
-        stiff_JK = geometry.centred.stiff_vectors
+        stiff_JK = geometry.spectrum.stiff_vectors
         gain_K = gain_K - stiff_JK.T @ (stiff_JK @ gain_K)
     elif settings.gain == "flat":
-        flat_JK = geometry.centred.flat_vectors
+        flat_JK = geometry.spectrum.flat_vectors
         gain_K = flat_JK.T @ (flat_JK @ gain_K)
     elif settings.gain == "damped":
         gain_K = geometry.damped(gain_K)
