@@ -12,9 +12,10 @@ ways, by the parity of their index):
     gain ratio              <g_B, d> / <g_A, d>, d = (C_A + lambda I)^-1 g_A: what is left on unseen samples of the gain that the basis promises
     cost ratio              tr(C_B (C_A + lambda I)^-1) over tr(C_A (C_A + lambda I)^-1): how much more unseen samples cost
     signal                  <g_B, d> over the standard deviation of <z_b, d>: how far the whitened gain of unseen samples stands above their
-                            spread. Recommended is the lambda where it is largest (of those within one per cent, the largest)
+                            spread
 
-A damping is marked as trusted where the gain ratio is at least one half and the cost ratio at most two.
+A damping is trusted where the gain ratio is at least one half and the cost ratio at most two. Recommended is, of those (of all, where
+there is none), the one with the largest signal; of dampings within one per cent of it, the largest.
 
 Shape legend: M target samples, D draws of labels, K sketch dimension, J eigenvalues.
 """
@@ -118,15 +119,18 @@ def _recommend(rows: list[dict[str, Any]], geometry: TargetGeometry, mean: float
     if rows[0]["signal_heldout"] is None:
         reason = f"{geometry.sample_count} target samples are too few to be split: {FEWEST} are needed"
         return {"recommended": None, "recommended_factor": None, "reason": reason}
-    best = max(row["signal_heldout"] for row in rows)
+    trusted = [row for row in rows if row["trusted"]] or rows
+    best = max(row["signal_heldout"] for row in trusted)
     if best <= 0:
         reason = "on unseen target samples no damping leaves a gain: the two halves of the target point apart"
         return {"recommended": None, "recommended_factor": None, "reason": reason}
-    chosen = [row for row in rows if row["signal_heldout"] >= 0.99 * best][-1]
+    chosen = [row for row in trusted if row["signal_heldout"] >= 0.99 * best][-1]
     now = next(row for row in rows if row["damping"] == geometry.damping)
     reason = (
         f"whitened gain of unseen target samples over its spread is {chosen['signal_heldout']:.2f} there "
         f"({chosen['signal_in_sample']:.2f} in sample), {now['signal_heldout']:.2f} at the damping in use; "
         f"unseen samples keep {chosen['gain_ratio']:.0%} of the gain and cost {chosen['cost_ratio']:.1f} times as much"
     )
+    if not chosen["trusted"]:
+        reason += "; no damping is trusted: take more target samples"
     return {"recommended": chosen["damping"], "recommended_factor": chosen["damping"] / mean, "reason": reason}
