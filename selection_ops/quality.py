@@ -50,8 +50,8 @@ class Products:
         gram_MM, cross_NM = self.target_MM, self.cross_NM / self.norm_N[:, None]
         if centred:
             rows_M = gram_MM.mean(1)
+            # The cross products need no centring: eigenvectors a_j of a centred Gram sum to zero.
             gram_MM = gram_MM - rows_M[:, None] - rows_M[None] + rows_M.mean()
-            cross_NM = cross_NM - cross_NM.mean(1, keepdim=True)
         values_M, vectors_MM = torch.linalg.eigh(gram_MM / count)
         values_M, vectors_MM = values_M.flip(0), vectors_MM.flip(1)
         keep = (values_M > floor * values_M[0]) & (values_M > 0)

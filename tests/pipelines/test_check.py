@@ -194,6 +194,18 @@ def test_changed_and_missing_corpus_files_are_named(scored: World, tmp_path: Pat
         check(world.run, "base", EVERY)
 
 
+def test_a_text_that_is_not_the_scored_one_is_named(scored: World, tmp_path: Path) -> None:
+    """Parquet units are fingerprinted by size and footer, so that a page may change unseen; the text's hash tells."""
+    for change, found in (
+        (lambda table: with_column(table, "content_id", ["0" * 32] * table.num_rows), "has another text"),
+        (lambda table: with_column(table, "sample_id", ["0" * 32] * table.num_rows), "is not there any more"),
+    ):
+        world = copy_world(scored, tmp_path / found.replace(" ", "-"))
+        tamper(world, change)
+        with pytest.raises(SourceChanged, match=f"parquet: the sample .* {found}"):
+            check(world.run, "base", EVERY)
+
+
 def test_what_cannot_be_checked_is_refused(scored: World, tmp_path: Path) -> None:
     fresh = make_world(tmp_path / "fresh", rows=14)
     with pytest.raises(InputError, match="lehr score"):
