@@ -135,11 +135,8 @@ class SampleScorer:
             while queue:
                 indices = queue.pop()
                 try:
-                    result = self._features(
-                        engine,
-                        [encoded[index] for index in indices],
-                        None if labels is None else [labels[index] for index in indices],
-                    )
+                    others = () if labels is None else ([labels[index] for index in indices],)
+                    result = self._features(engine, [encoded[index] for index in indices], *others)
                 except Exception as error:
                     if len(indices) > 1:
                         # Out of memory halves the batch; any other failure is narrowed down to the sample that causes it.
@@ -175,7 +172,9 @@ class SampleScorer:
             batch_halvings=halvings,
         )
 
-    def _features(self, engine: GradientEngine, batch: list[Encoded], labels: list[list[int]] | None) -> SampleFeatures:
+    def _features(
+        self, engine: GradientEngine, batch: list[Encoded], labels: list[list[int]] | None = None
+    ) -> SampleFeatures:
         try:
             made = collate(batch, device=self._device)
             if labels is not None:
