@@ -455,5 +455,6 @@ def test_scoring_options_are_those_tested_here() -> None:
         "columns",
         "contrast",
         "energy",
+        *("curvature", "draws", "damping"),  # in test_target_curvature
     }
     assert {field.name for field in dataclasses.fields(Execution)} == {"runner", "workers", "beam_options"}
