@@ -8,7 +8,7 @@
 Parts:
 
     35m     projected per-sample gradients of a random Llama of 34.6M parameters, head and embedding apart
-    135m    the same of a random Llama of 135M parameters whose head is its embedding
+    135m    the same of a random Llama of 135M parameters whose head is its embedding; the peers at their best alone
     job     from a JSONL file of text to features on disk: `lehr plan` + `lehr score` against `bergson build`, each with its own
             defaults but the rank, start-up included, on one and the same model folder
 
@@ -39,6 +39,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -273,6 +274,8 @@ class Workload:
     model: Path
     samples: list[list[int]]
     file: Path
+    bounds: tuple[int, ...]
+    """Batch bounds that are tried for a peer."""
 
     def batches(self, batch_tokens: int, count: int | None = None) -> Batches:
         """Length-sorted batches of the first samples; bergson's allocation forms the same ones."""
@@ -289,7 +292,7 @@ class Workload:
 def trials(work: Workload, peer: str, dtype: str) -> tuple[Way, dict[str, float]]:
     """The fastest attention and batch bound of a peer in one arithmetic, and every trial's seconds."""
     quick = work.settings.quick
-    bounds = (1024,) if quick else (512, 1024, 2048)
+    bounds = (1024,) if quick else work.bounds
     count = 8 if quick else 16
     taken: dict[tuple[str, int], list[float]] = {}
     with closing() as workers:
@@ -354,7 +357,11 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
         folder = Path(temporary)
         file = folder / "samples.json"
         work = Workload(
-            settings=settings, model=model, samples=make_samples(count, MODELS[part]["vocab_size"]), file=file
+            settings=settings,
+            model=model,
+            samples=make_samples(count, MODELS[part]["vocab_size"]),
+            file=file,
+            bounds=(512, 1024, 2048) if part == "35m" else (512, 1024),
         )
         file.write_text(json.dumps(work.samples))
         tokens = sum(len(sample) for sample in work.samples)
@@ -371,16 +378,13 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
             try:
                 checks[peer] = same_work(work, peer, folder)
                 bound = 2048 if peer == "bergson" else settings.batch_tokens
-                ways.append(
-                    Way(
-                        name=f"{peer}_default",
-                        peer=peer,
-                        dtype="f32",
-                        attention="sdpa",
-                        batch_tokens=bound,
-                        tuned=False,
-                    )
+                default = Way(
+                    name=f"{peer}_default", peer=peer, dtype="f32", attention="sdpa", batch_tokens=bound, tuned=False
                 )
+                if (
+                    part == "35m"
+                ):  # a whole batch of 2,048 tokens' logits of a large vocabulary takes 5 GB: left to `job`
+                    ways.append(default)
                 if peer == "traker":
                     ways.append(
                         Way(name="traker_best_f32", peer=peer, dtype="f32", attention="eager", batch_tokens=4096)
@@ -528,11 +532,19 @@ def written(run: Path, index: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     rows = sum(pq.read_metadata(file).num_rows for file in run.glob("**/features/**/*.parquet"))
+    info = json.loads((index / "info.json").read_text())
+
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
     return {
-        "lehr_rows": rows,
-        "lehr_bytes": sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
-        "bergson_bytes": sum(file.stat().st_size for file in index.rglob("*") if file.is_file()),
-        "bergson_info": json.loads((index / "info.json").read_text()) if (index / "info.json").exists() else None,
+        "lehr": {"rows": rows, "bytes": size(run)},
+        "bergson": {
+            "rows": info["num_grads"],
+            "bytes": size(index),
+            "sites": len(info["grad_sizes"]),
+            "numbers_per_sample": sum(info["grad_sizes"].values()),
+        },
     }
 
 
@@ -604,6 +616,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def main() -> None:
     """Measure and write."""
     settings = tyro.cli(Settings, description=__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peers' processes end too
     result = json.dumps(measure(settings), indent=1)
     if settings.out is None:
         print(result)
