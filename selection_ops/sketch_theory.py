@@ -27,8 +27,8 @@ from collections.abc import Mapping
 
 import torch
 
-_PAIRS = 16
-"""Pairs whose gradients are gathered at a time."""
+_NUMBERS = 1 << 20
+"""Numbers of a site's gradients that are gathered at a time, over pairs: larger temporaries cost more in page faults than in arithmetic."""
 
 
 def projection_variance(
@@ -47,8 +47,9 @@ def projection_variance(
     generator = torch.Generator().manual_seed(seed)
     y_IQ = _probes(some.shape[2], probes, generator, some)
     x_OQ = {name: _probes(value.shape[1], probes, generator, some) for name, value in matrices.items()}
-    for start in range(0, len(pairs_P2), _PAIRS):
-        part = slice(start, start + _PAIRS)
+    step = max(1, min(16, _NUMBERS // max(value[0].numel() for value in matrices.values())))
+    for start in range(0, len(pairs_P2), step):
+        part = slice(start, start + step)
         out_P[part] = _group_variance(matrices, pairs_P2[part].to(some.device), rank, x_OQ, y_IQ).cpu()
     return out_P.clamp_min_(0.0)
 
