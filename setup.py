@@ -39,7 +39,7 @@ setup(
         "gguf": ["gguf>=0.18", "accelerate>=1", "sentencepiece>=0.2"],
         "gcp": ["apache-beam[gcp]>=2.77,<3"],
         "dask": ["apache-beam[dask]>=2.77,<3"],
-        "test": ["pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "scipy>=1.13"],
+        "test": ["peft>=0.17", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "scipy>=1.13"],
         "lint": ["ruff", "mypy"],
     },
 )

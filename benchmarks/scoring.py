@@ -9,8 +9,10 @@ within a round. The ways:
     plain    forward + backward of transformers' own token-mean loss, gradients of every parameter, over the same batches
     frozen   forward + backward that only reaches the inputs of the maps: what an engine without any projection would cost
     blocks   the gradient engine over the linear maps of the blocks, folded sketches included
+    all      the same over every parameter: embedding, head, norms and biases too
 
-Random weights (35m, 135m) cost what trained ones cost. The texts are random ids of 64-256 tokens.
+`peak_memory_to_plain` is the largest resident memory of a process that does one round of blocks, to that of one that does one of
+plain, float32 both. Random weights (35m, 135m) cost what trained ones cost. The texts are random ids of 64-256 tokens.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ from selection_ops.sites import find_sites
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "35m": {
-        "vocab_size": 12_288, "hidden_size": 512, "intermediate_size": 1_620, "num_hidden_layers": 8,
+        "tie_word_embeddings": False, "vocab_size": 6_144, "hidden_size": 512, "intermediate_size": 1_620, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 8,
     },
     "135m": {
-        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30,
+        "tie_word_embeddings": True, "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3,
     },
 }  # fmt: skip
@@ -59,7 +61,7 @@ class Settings:
     """Options of the benchmark."""
 
     model: str = "35m"
-    """`35m`, `135m` (random Llamas), or a model's folder or hub id."""
+    """`35m` (untied), `135m` (tied; both random Llamas), or a model's folder or hub id."""
     rounds: int = 3
     """Interleaved rounds that are counted; one more before them warms up."""
     threads: int = 1
@@ -74,6 +76,8 @@ class Settings:
     """Sketch dimension."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
+    memory: bool = True
+    """Measure peak memory too, each way in a process of its own (CPU only)."""
     out: Path | None = None
     """JSON file for the result; without it, it is printed."""
 
@@ -91,7 +95,7 @@ def build(settings: Settings, dtype: DType) -> Any:
     attention = default_attention(settings.device, dtype)
     if settings.model not in CONFIGS:
         return load_model(settings.model, dtype=dtype, attention=attention, device=settings.device).model
-    config = LlamaConfig(**CONFIGS[settings.model], max_position_embeddings=2048, tie_word_embeddings=True)
+    config = LlamaConfig(**CONFIGS[settings.model], max_position_embeddings=2048)
     config._attn_implementation = attention
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(getattr(torch, dtype)).to(settings.device).eval()
@@ -139,15 +143,19 @@ def score(engine: GradientEngine, batches: list[Batch]) -> None:
 
 
 def ways_of(settings: Settings, dtype: DType, label: str) -> tuple[list[Way], list[Batch]]:
-    """The three ways of one model."""
+    """The four ways of one model."""
     model = build(settings, dtype)
-    batches = make_batches(settings, min(model.config.get_text_config().vocab_size, 12_288))
-    engine = GradientEngine(model, find_sites(model).input_groups, proj_rank=settings.proj_rank, k=settings.k, seed=0)
+    batches = make_batches(settings, min(model.config.get_text_config().vocab_size, 6_144))
+    numbers: dict[str, Any] = {"proj_rank": settings.proj_rank, "k": settings.k, "seed": 0}
+    engine = GradientEngine(model, **numbers)
+    report = find_sites(model, "all")
+    everything = GradientEngine(model, report.input_groups, report.small, **numbers)
     route = HeadRoute(model)
     return [
         Way(f"{label}_plain", lambda: plain(model, batches)),
         Way(f"{label}_frozen", lambda: frozen(model, route, batches)),
         Way(f"{label}_blocks", lambda: score(engine, batches)),
+        Way(f"{label}_all", lambda: score(everything, batches)),
     ], batches
 
 
@@ -162,6 +170,19 @@ def seconds(settings: Settings, run: Callable[[], None]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def peak_memory(settings: Settings, way: str) -> int:
+    """Largest resident bytes of a process that does one round of one way of the float32 model."""
+    given = {"model": settings.model, "samples": settings.samples, "batch_tokens": settings.batch_tokens}
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch; import scoring; torch.set_num_threads(1); "
+        f"ways, _ = scoring.ways_of(scoring.Settings(**{given!r}, device='cpu'), 'float32', 'f32'); "
+        f"[way.run() for way in ways if way.name == 'f32_{way}']; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -209,15 +230,23 @@ def measure(settings: Settings) -> dict[str, Any]:
     def ratio(one: str, other: str) -> float:
         return round(statistics.median(taken[one] / taken[other] for taken in rounds), 4)
 
+    peaks = {}
+    if settings.memory and settings.device == "cpu":
+        peaks = {way: peak_memory(settings, way) for way in ("plain", "blocks", "all")}
+    memory = {f"peak_memory_to_plain_{label}": round(peaks["blocks"] / peaks["plain"], 4)} if peaks else {}
     return {
         "ratios": {
             f"f32_blocks_to_plain_{label}": ratio("f32_blocks", "f32_plain"),
             f"f32_blocks_to_frozen_{label}": ratio("f32_blocks", "f32_frozen"),
+            f"f32_all_to_frozen_{label}": ratio("f32_all", "f32_frozen"),
+            **memory,
+            f"bf16_all_to_bf16_frozen_{label}": ratio("bf16_all", "bf16_frozen"),
             f"bf16_blocks_to_f32_blocks_{label}": ratio("bf16_blocks", "f32_blocks"),
             f"bf16_blocks_to_f32_plain_{label}": ratio("bf16_blocks", "f32_plain"),
             f"bf16_blocks_to_bf16_plain_{label}": ratio("bf16_blocks", "bf16_plain"),
             f"bf16_blocks_to_bf16_frozen_{label}": ratio("bf16_blocks", "bf16_frozen"),
         },
+        "peak_bytes": peaks,
         "tokens": tokens,
         "seconds_per_token": {name: statistics.median(taken[name] for taken in rounds) / tokens for name in rounds[0]},
         "rounds": rounds,

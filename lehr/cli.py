@@ -24,6 +24,7 @@ VERBS = {
     "status": "show what is done, missing and rejected",
     "verify": "check every checksum, count and lineage of a run",
     "check": "recompute random rows exactly: are sketches intact, and good enough",
+    "model-report": "list a model's parameters, and which of them scoring would attribute",
     "schema": "print the columns of a table with their units",
     "demo": "run the whole path on a real model and a real corpus",
 }
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from schemas.errors import LehrError, RunIncomplete
 
-    module = importlib.import_module(f"lehr.commands.{verb}")
+    module = importlib.import_module(f"lehr.commands.{verb.replace('-', '_')}")
     try:
         command = tyro.cli(module.Command, args=arguments[1:], prog=f"lehr {verb}")
         return command.run()

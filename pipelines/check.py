@@ -23,7 +23,7 @@ from schemas.errors import InputError
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest
 from schemas.run import Run
-from schemas.spec import DType, FeatureSpec
+from schemas.spec import DType, FeatureSpec, InputGroup
 from selection_ops.batching import collate
 from selection_ops.dense import DensePlan, dense_gradients, plan_dense
 from selection_ops.encoding import Encoded
@@ -114,7 +114,7 @@ def check(
     exact_model = load_model(
         location.model, revision=location.revision, dtype=wide, attention=default_attention(device, wide), device=device
     ).model
-    plan = plan_dense(exact_model, spec.input_groups, len(stored), int(options.memory_gb * 1e9))
+    plan = plan_dense(exact_model, _groups(spec), len(stored), int(options.memory_gb * 1e9))
     cost = CheckCost(
         rows=len(rows),
         target_rows=len(target_rows),
@@ -230,8 +230,15 @@ def _exact(
         for gradient in gradients.values():
             flat = gradient.reshape(count, -1)
             gram_NN += (flat @ flat.T).double().cpu()
-        variance_P += projection_variance(gradients, pairs_P2, spec.proj_rank, probes=PROBES, seed=number)
+        matrices = {name: gradient for name, gradient in gradients.items() if gradient.dim() == 3}
+        if matrices:  # small sites are folded as they are
+            variance_P += projection_variance(matrices, pairs_P2, spec.proj_rank, probes=PROBES, seed=number)
     return gram_NN, variance_P
+
+
+def _groups(spec: FeatureSpec) -> tuple[InputGroup, ...]:
+    """Everything attributed, small sites as groups of one."""
+    return (*spec.input_groups, *(InputGroup(name=site.name, sites=(site.name,)) for site in spec.small_sites))
 
 
 def _full(stored: Sequence[StoredRow]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from schemas.errors import InputError
-from schemas.spec import AppendEos, CorpusColumns, DType, LossKind
+from schemas.spec import AppendEos, Attribute, CorpusColumns, DType, LossKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,9 @@ class ScoringOptions:
     """Where an end-of-sequence token is appended and trained on (default: behind completions)."""
     chat_template: str | None = None
     """Jinja chat template for messages (default: the tokenizer's own)."""
+    attribute: Attribute | None = None
+    """Parameters whose gradients are taken: `blocks` (the linear maps of the blocks, experts included) or `all` (also embedding, head,
+    norms, biases and small parameters; slower) (default blocks). `lehr model-report` shows what either covers."""
     proj_rank: int | None = None
     """Rank of the projection on each side of a linear map (default 16)."""
     k: int | None = None

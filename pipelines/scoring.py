@@ -57,15 +57,16 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     attention = options.attention or default_attention(device, dtype)
     batch_tokens = (4096 if device == "cuda" else 1024) if options.batch_tokens is None else options.batch_tokens
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
-    report = find_sites(loaded.model)
+    report = find_sites(loaded.model, options.attribute or "blocks")
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}
-    numbers = {name: given[name] for name in ("proj_rank", "k", "seed", "loss") if name in given}
+    numbers = {name: given[name] for name in ("attribute", "proj_rank", "k", "seed", "loss") if name in given}
     spec = FeatureSpec(
         model=loaded.model_fingerprint,
         tokenizer=loaded.tokenizer_fingerprint,
         encoding=EncodingSpec(**encoding),
         input_groups=report.input_groups,
+        small_sites=report.small,
         dtype=dtype,
         attention=attention,
         batch_tokens=batch_tokens,

@@ -18,6 +18,7 @@ PROJECTION_VERSION = 1
 CorpusFormat = Literal["auto", "parquet", "jsonl", "webdataset"]
 AppendEos = Literal["never", "completion", "always"]
 LossKind = Literal["sum", "mean"]
+Attribute = Literal["blocks", "all"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -130,6 +131,16 @@ class InputGroup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallSite:
+    """A parameter whose gradient enters the sketch as it is, without a projection."""
+
+    name: str
+    """Name of the parameter."""
+    size: int
+    """Numbers in it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
     """What a feature is a function of, besides the sample: one spec is one scoring."""
 
@@ -139,8 +150,12 @@ class FeatureSpec:
     """Fingerprint of the tokenizer files."""
     encoding: EncodingSpec
     """Encoding of samples."""
+    attribute: Attribute = "blocks"
+    """What is attributed: the linear maps of the blocks, or everything that can be."""
     input_groups: tuple[InputGroup, ...]
-    """Sites attributed, by input group, in model order."""
+    """Matrices attributed, by input group, in model order."""
+    small_sites: tuple[SmallSite, ...] = ()
+    """Further parameters attributed, whose gradients are folded as they are, in model order."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site."""
     k: int = 2048
@@ -166,6 +181,8 @@ class FeatureSpec:
         _require(1 <= self.proj_rank <= 512, f"proj_rank must lie in 1..512, not {self.proj_rank}")
         _require(self.k >= 0, f"k must be 0 (no fold) or positive, not {self.k}")
         _require(self.batch_tokens > 0, f"batch_tokens must be positive, not {self.batch_tokens}")
+        known = get_args(Attribute)
+        _require(self.attribute in known, f"unknown attribute {self.attribute!r}: {', '.join(known)}")
         _require(self.loss in get_args(LossKind), f"unknown loss {self.loss!r}: {', '.join(get_args(LossKind))}")
         _require(self.dtype in get_args(DType), f"unknown dtype {self.dtype!r}: {', '.join(get_args(DType))}")
         _require(
@@ -176,7 +193,8 @@ class FeatureSpec:
     @property
     def sketch_size(self) -> int:
         """Numbers per stored sketch."""
-        return self.k or sum(len(group.sites) for group in self.input_groups) * self.proj_rank**2
+        matrices = sum(len(group.sites) for group in self.input_groups)
+        return self.k or matrices * self.proj_rank**2 + sum(site.size for site in self.small_sites)
 
     @property
     def fingerprint(self) -> str:
@@ -191,6 +209,7 @@ def feature_spec_from_dict(record: dict[str, Any]) -> FeatureSpec:
     values["input_groups"] = tuple(
         InputGroup(name=group["name"], sites=tuple(group["sites"])) for group in record["input_groups"]
     )
+    values["small_sites"] = tuple(SmallSite(**site) for site in record["small_sites"])
     return FeatureSpec(**values)
 
 

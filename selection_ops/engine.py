@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -26,12 +24,13 @@ import torch
 from torch import nn
 
 from schemas.errors import InputError
-from schemas.spec import PROJECTION_VERSION, FeatureSpec, InputGroup, LossKind
+from schemas.spec import PROJECTION_VERSION, FeatureSpec, InputGroup, LossKind, SmallSite
 from selection_ops.batching import Batch
-from selection_ops.losses import HeadRoute
-from selection_ops.model import evaluating
+from selection_ops.losses import HeadRoute, Watch
+from selection_ops.model import causal_model, evaluating
 from selection_ops.projections import Fold, ProjectionSpec, input_signs, output_signs
-from selection_ops.sites import find_sites, layout_of
+from selection_ops.recording import MatrixSite, ModuleTape, Records
+from selection_ops.sites import MatrixParameter, Site, find_sites, search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,72 +47,22 @@ class SampleFeatures:
     grad_norm_B: torch.Tensor
 
 
-class _SiteFunction(torch.autograd.Function):
-    """y = W x + b; backward returns the gradient of x and records the sum over tokens of (P_out d)(P_in a)^T per sample."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BTI: torch.Tensor,
-        weight_OI: torch.Tensor,
-        bias_O: torch.Tensor | None,
-        projected_BTR: torch.Tensor,
-        site: _Site,
-        engine: GradientEngine,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight_OI, projected_BTR)
-        ctx.site, ctx.engine = site, engine
-        return nn.functional.linear(x_BTI, weight_OI, bias_O)
-
-    @staticmethod
-    def backward(ctx: Any, delta_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        weight_OI, projected_BTR = ctx.saved_tensors
-        # Under autocast the output, and so its gradient, is narrower than the weights; and autocast must not narrow the
-        # contraction over tokens.
-        with torch.autocast(delta_BTO.device.type, enabled=False):
-            ctx.engine._record(ctx.site, delta_BTO @ ctx.site.out_signs_OR.to(delta_BTO.dtype), projected_BTR)
-            grad_BTI = delta_BTO @ weight_OI.to(delta_BTO.dtype) if ctx.needs_input_grad[0] else None
-        return grad_BTI, None, None, None, None, None
-
-
-@dataclasses.dataclass(eq=False)
-class _Site:
-    """A site and its projections; signs are kept as +-1, exact in bfloat16, and sketches are scaled by 1/R at the end."""
-
-    name: str
-    group: str
-    index: int
-    module: Any
-    layout: Any
-    in_signs_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    out_signs_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def in_IR(self) -> torch.Tensor:
-        """P_in^T."""
-        return self.in_signs_IR / self.in_signs_IR.shape[1] ** 0.5
-
-    @property
-    def out_OR(self) -> torch.Tensor:
-        """P_out^T."""
-        return self.out_signs_OR / self.out_signs_OR.shape[1] ** 0.5
-
-
 class GradientEngine:
     """A context in which `features` computes per-sample sketches of a model's gradients.
 
-    Inside, parameters are frozen, modules are in eval mode, the embedding output carries gradient, and the sites' forwards are
-    replaced on the instances; on exit, also after an error, everything is as it was. Projections are made once, weights are read
-    live: entering and leaving between optimizer steps is cheap.
+    Inside, parameters are frozen, modules are in eval mode, the embedding output carries gradient, and the forwards of modules with
+    sites are replaced on the instances; on exit, also after an error, everything is as it was. Projections are made once, weights are
+    read live: entering and leaving between optimizer steps is cheap.
 
-    `input_groups` are the sites to attribute (all that `find_sites` finds where none are given); `k` 0 keeps every site's sketch side
-    by side. Raises `InputError` where the model lacks a site.
+    `input_groups` and `small_sites` are what to attribute (the linear maps of the blocks where neither is given); `k` 0 keeps every
+    site's numbers side by side. Raises `InputError` where the model lacks a site.
     """
 
     def __init__(
         self,
         model: Any,
         input_groups: tuple[InputGroup, ...] | None = None,
+        small_sites: tuple[SmallSite, ...] = (),
         *,
         proj_rank: int,
         k: int,
@@ -121,40 +70,53 @@ class GradientEngine:
         version: int = PROJECTION_VERSION,
         loss: LossKind = "sum",
     ) -> None:
-        self.model = model
+        self.model = model = causal_model(model)
         self.loss = loss
         self.input_groups = find_sites(model).input_groups if input_groups is None else input_groups
+        self.small_sites = small_sites
         self._rank = proj_rank
         self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
-        modules = dict(model.named_modules())
-        self._sites: list[_Site] = []
+        self._found = search(model)
+        known = {site.name: site for site in (*self._found.matrices, *self._found.small)}
+        self._sites: list[MatrixSite] = []
         for group in self.input_groups:
             for name in group.sites:
-                layout = layout_of(modules[name]) if name in modules else None
-                if layout is None:
-                    raise InputError(
-                        f"{type(model).__name__} has no site {name!r}; the scoring was declared for another architecture"
-                    )
-                self._sites.append(_Site(name, group.name, len(self._sites), modules[name], layout))
+                site = self._known(known, name)
+                if not isinstance(site.shape, MatrixParameter):
+                    raise InputError(f"{name!r} of {type(model).__name__} is no matrix, as the scoring was declared")
+                self._sites.append(MatrixSite(site, group.name, len(self._sites)))
+        self._small = {site.name: self._known(known, site.name) for site in small_sites}
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._make_projections()
         self._route = HeadRoute(model)
-        self._projected: dict[str, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
-        self._records_SBRR = torch.empty(0)
+        self._head_tape: ModuleTape | None = None
+        self._records: Records | None = None
         self._open: contextlib.ExitStack | None = None
+
+    def _known(self, known: dict[str, Site], name: str) -> Site:
+        if name not in known:
+            raise InputError(
+                f"{type(self.model).__name__} has no site {name!r}; the scoring was declared for another architecture"
+            )
+        return known[name]
 
     @classmethod
     def from_spec(cls, model: Any, spec: FeatureSpec) -> GradientEngine:
         """The engine of a feature spec."""
         return cls(
-            model, spec.input_groups, proj_rank=spec.proj_rank, k=spec.k, seed=spec.seed,
+            model, spec.input_groups, spec.small_sites, proj_rank=spec.proj_rank, k=spec.k, seed=spec.seed,
             version=spec.projection_version, loss=spec.loss,
         )  # fmt: skip
 
     @property
+    def matrix_sites(self) -> tuple[Site, ...]:
+        """The matrix sites, in the order of their sketches."""
+        return tuple(found.site for found in self._sites)
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites, in the order of their sketches."""
-        return tuple(site.name for site in self._sites)
+        """Their names."""
+        return tuple(found.name for found in self._sites)
 
     def _make_projections(self) -> None:
         """Projections where the parameters are, in their arithmetic; made again only when the model has moved."""
@@ -164,17 +126,37 @@ class GradientEngine:
             return
         self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         shared: dict[str, torch.Tensor] = {}
-        for site in self._sites:
-            outputs, inputs = site.layout.sizes(site.module)
-            if site.group not in shared:
-                signs_RI = input_signs(self._spec, site.group, inputs, parameter.device)
-                shared[site.group] = signs_RI.T.to(parameter.dtype).contiguous()
-            site.in_signs_IR = shared[site.group]
-            site.out_signs_OR = (
-                output_signs(self._spec, site.name, outputs, parameter.device).T.to(parameter.dtype).contiguous()
-            )
-        self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide)
+        for found in self._sites:
+            shape = found.site.shape
+            assert isinstance(shape, MatrixParameter)
+            if found.group not in shared:
+                signs_RI = input_signs(self._spec, found.group, shape.inputs, parameter.device)
+                shared[found.group] = signs_RI.T.to(parameter.dtype).contiguous()
+            found.in_signs_IR = shared[found.group]
+            signs_RO = output_signs(self._spec, found.name, shape.outputs, parameter.device)
+            found.out_signs_OR = signs_RO.T.to(parameter.dtype).contiguous()
+        self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide, self.small_sites)
         self._made_for = place
+
+    def _tapes(self) -> dict[str, ModuleTape]:
+        """What every module with attributed parameters reports to."""
+        matrices: dict[str, dict[str, MatrixSite]] = {}
+        small: dict[str, dict[str, str]] = {}
+        for found in self._sites:
+            for path, local in found.site.uses:
+                matrices.setdefault(path, {})[local] = found
+        for name, site in self._small.items():
+            for path, local in site.uses:
+                small.setdefault(path, {})[local] = name
+        return {
+            path: ModuleTape(self._now, matrices.get(path, {}), small.get(path, {}), self._found.layouts[path])
+            for path in sorted({*matrices, *small})
+        }
+
+    def _now(self) -> Records:
+        if self._records is None:
+            raise RuntimeError("a module of the model ran inside `with engine:` but outside of features()")
+        return self._records
 
     def __enter__(self) -> GradientEngine:
         if self._open is not None:
@@ -186,11 +168,16 @@ class GradientEngine:
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
             embedding = self.model.get_input_embeddings()
-            handle = embedding.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+            for path, tape in self._tapes().items():
+                module = self.model.get_submodule(path)
+                if module is self._route.head:
+                    self._head_tape = tape
+                    continue
+                stack.callback(_restore_forward, module, dict(module.__dict__))
+                call = module.__dict__.get("forward") or type(module).forward.__get__(module)
+                module.__dict__["forward"] = self._found.types[path].forward(module, call, tape)
+            handle = embedding.register_forward_hook(_requiring_gradient)
             stack.callback(handle.remove)
-            for site in self._sites:
-                stack.callback(_restore_forward, site.module, dict(site.module.__dict__))
-                site.module.__dict__["forward"] = self._forward_of(site)
             self._open = stack.pop_all()
         return self
 
@@ -198,27 +185,9 @@ class GradientEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack, self._open = self._open, None
-        self._projected.clear()
-        self._records_SBRR = torch.empty(0)
+        self._records = None
         if stack is not None:
             stack.close()
-
-    def _forward_of(self, site: _Site) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(x_BTI: torch.Tensor) -> torch.Tensor:
-            held = self._projected.get(site.group)
-            # A weak reference: what is kept until backward is the projected input, not the input.
-            if held is None or held[0]() is not x_BTI:
-                held = weakref.ref(x_BTI), x_BTI.detach() @ site.in_signs_IR
-                self._projected[site.group] = held
-            return _SiteFunction.apply(x_BTI, site.layout.matrix(site.module), site.module.bias, held[1], site, self)
-
-        return forward
-
-    def _record(self, site: _Site, delta_BTR: torch.Tensor, projected_BTR: torch.Tensor) -> None:
-        # bfloat16 factors are widened here: the sum over tokens is where rounding would pile up. Added, not set: a module
-        # may be used more than once in a forward pass.
-        product_BRR = delta_BTR.to(self._wide).transpose(1, 2) @ projected_BTR.to(self._wide)
-        self._records_SBRR[site.index] += product_BRR
 
     def features(self, batch: Batch) -> SampleFeatures:
         """Losses, sketches and gradient norms of a batch; only inside the context.
@@ -227,17 +196,22 @@ class GradientEngine:
         """
         if self._open is None:
             raise RuntimeError("features() is only there inside `with engine:`")
-        size = len(batch.ids_BT)
-        self._records_SBRR = torch.zeros(
-            len(self._sites), size, self._rank, self._rank, dtype=self._wide, device=batch.ids_BT.device
+        self._records = records = Records(
+            (batch.ids_BT.shape[0], batch.ids_BT.shape[1]),
+            matrices=len(self._sites),
+            rank=self._rank,
+            small={site.name: site.size for site in self.small_sites},
+            dtype=self._wide,
+            device=batch.ids_BT.device,
         )
         try:
             with torch.enable_grad():
-                loss_B = self._route.sample_losses(batch)
+                loss_B = self._route.sample_losses(batch, self._watch(batch, records))
                 loss_B.sum().backward()
+            records.collect_leaves()
         finally:
-            self._projected.clear()
-        flat_BS = self._records_SBRR.transpose(0, 1).reshape(size, -1) / self._rank
+            self._records = None
+        flat_BS = records.flat()
         loss_B = loss_B.detach().double()
         loss_tokens_B = batch.loss_BT[:, 1:].sum(1)
         if self.loss == "mean":
@@ -247,18 +221,36 @@ class GradientEngine:
             loss_B=loss_B, loss_tokens_B=loss_tokens_B, sketch_BK=self._fold(flat_BS), grad_norm_B=flat_BS.norm(dim=1)
         )
 
-    def project_dense(self, site: str, gradient_OI: torch.Tensor) -> torch.Tensor:
-        """Sketch [R, R] of a dense gradient of one site's weight, given as [O, I] (`sites.LinearMap.matrix` turns it so).
+    def _watch(self, batch: Batch, records: Records) -> Watch | None:
+        """What the head reports, whose logits never stand whole: its output's gradient is softmax - onehot(label)."""
+        tape = self._head_tape
+        if tape is None:
+            return None
+        sample_T = torch.nonzero(batch.loss_BT[:, 1:])[:, 0]
+
+        def watch(part: slice, hidden_tI: torch.Tensor, softmax_tV: torch.Tensor, labels_t: torch.Tensor) -> None:
+            tape.head(records, hidden_tI, softmax_tV, labels_t, sample_T[part])
+
+        return watch
+
+    def project_dense(self, site: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Sketch [R, R] of a dense gradient of one matrix site, given in the shape of the parameter that holds it.
 
         The same projections as of the samples: with k = 0, the concatenation over `sites` is comparable with `sketch_BK`.
         """
         found = next((known for known in self._sites if known.name == site), None)
         if found is None:
-            raise InputError(
-                f"no site {site!r} among the {len(self._sites)} attributed: {', '.join(self.sites[:4])}, ..."
-            )
+            names = ", ".join(known.name for known in self._sites[:4])
+            raise InputError(f"no site {site!r} among the {len(self._sites)} attributed: {names}, ...")
+        assert isinstance(found.site.shape, MatrixParameter)
+        gradient_OI = found.site.shape.matrix(gradient)
         left_RI = found.out_signs_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
         return left_RI @ found.in_signs_IR.to(self._wide) / self._rank
+
+
+def _requiring_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+    """Backward ends at the embedding's output, unless that is a leaf already."""
+    return None if output.is_leaf and output.requires_grad else output.detach().requires_grad_()
 
 
 def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:

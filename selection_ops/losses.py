@@ -7,14 +7,14 @@ Losses are sums over the loss tokens of a sample, in nats; logits become float32
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from selection_ops.batching import Batch
-from selection_ops.model import evaluating
+from selection_ops.model import causal_model, evaluating
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,21 @@ class _Softmax:
             yield part, largest_t - top_t.log() - picked_t, logits_tV
 
 
+Watch = Callable[[slice, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called for every chunk of a frozen head with (loss tokens, their hidden states [t, I], softmax [t, V], labels [t])."""
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Per-token negative log likelihood under a frozen head; the gradient of the hidden states is formed in forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TI: torch.Tensor, weight_VI: torch.Tensor, bias_V: torch.Tensor | None, labels_T: torch.Tensor
+        ctx: Any,
+        hidden_TI: torch.Tensor,
+        weight_VI: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_T: torch.Tensor,
+        watch: Watch | None,
     ) -> torch.Tensor:
         losses_T = hidden_TI.new_empty(len(labels_T), dtype=_wide(hidden_TI.dtype))
         gradient_TI = torch.empty_like(hidden_TI) if ctx.needs_input_grad[0] else None
@@ -77,15 +86,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         with torch.autocast(hidden_TI.device.type, enabled=False):
             for part, loss_t, softmax_tV in head.chunks(labels_T):
                 losses_T[part] = loss_t
+                if watch is not None:
+                    watch(part, head.hidden_TI[part], softmax_tV, labels_T[part])
                 if gradient_TI is not None:
                     gradient_TI[part] = (softmax_tV @ head.weight_VI).sub_(head.weight_VI[labels_T[part]])
         ctx.save_for_backward(gradient_TI)
         return losses_T
 
     @staticmethod
-    def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (gradient_TI,) = ctx.saved_tensors
-        return gradient_TI * upstream_T[:, None].to(gradient_TI.dtype), None, None, None
+        return gradient_TI * upstream_T[:, None].to(gradient_TI.dtype), None, None, None, None
 
 
 class _WeightedHeadLoss(torch.autograd.Function):
@@ -150,7 +161,7 @@ class HeadRoute:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = model = causal_model(model)
         head = model.get_output_embeddings()
         base = model.base_model
         self.head: nn.Linear | None = None
@@ -159,14 +170,17 @@ class HeadRoute:
         else:
             log.info("%s does more than apply its head: whole logits are formed", type(model).__name__)
 
-    def sample_losses(self, batch: Batch) -> torch.Tensor:
-        """Sum of token losses of every sample [B], float32 (float64 for float64 models); gradients reach the blocks, not the head."""
+    def sample_losses(self, batch: Batch, watch: Watch | None = None) -> torch.Tensor:
+        """Sum of token losses of every sample [B], float32 (float64 for float64 models); gradients reach the blocks, not the head.
+
+        `watch` sees what the head does, chunk by chunk; where whole logits are formed it is not called.
+        """
         mask_BT, labels_T = _labels(batch)
         if self.head is None:
             losses_T = self._whole(batch)
         else:
             hidden_TI = self._hidden(batch)
-            losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T)
+            losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T, watch)
         return _sum_by_sample(losses_T, mask_BT)
 
     def weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

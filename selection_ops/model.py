@@ -78,6 +78,25 @@ def default_attention(device: str, dtype: str = "bfloat16") -> str:
     return "eager" if device == "cpu" and dtype == "bfloat16" else "sdpa"
 
 
+def causal_model(model: Any) -> Any:
+    """The causal language model itself, with its adapters in it, where PEFT has wrapped it."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would write into ours."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode inside; outside, each in the mode it was in."""

@@ -1,10 +1,10 @@
-"""Projections of a site's two sides, and the fold of all sites' sketches to k numbers.
+"""Projections of a matrix site's two sides, and the fold of all sites' numbers to k.
 
 P_in [R, I] is a function of (seed, version, input group), P_out [R, O] of (seed, version, site); entries are +-1/sqrt(R), so that
 E[P^T P] = 1 and the sketch P_out G P_in^T keeps inner products of gradients G in expectation. The fold is a CountSketch: number
-`index` of a site goes to a bucket with a sign, both functions of (seed, version, site, index).
+`index` of a site goes to a bucket with a sign, both functions of (seed, version, site, index). A small site is folded as it is.
 
-Legend: B samples, S all sites' R x R sketches side by side, K sketch dimension, L most numbers in a bucket.
+Legend: B samples, S all numbers side by side (the matrices' R x R, then the small sites'), K sketch dimension, L most numbers in a bucket.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 
 import torch
 
-from schemas.spec import InputGroup
+from schemas.spec import InputGroup, SmallSite
 from selection_ops.signs import buckets, signs
 
 
@@ -48,16 +48,22 @@ def output_projection(spec: ProjectionSpec, site: str, size: int) -> torch.Tenso
 
 
 class Fold:
-    """CountSketch of the sites' R x R sketches, laid side by side in model order, to k numbers; k = 0 keeps them."""
+    """CountSketch of the sites' numbers, laid side by side in model order, to k numbers; k = 0 keeps them."""
 
     def __init__(
-        self, spec: ProjectionSpec, groups: tuple[InputGroup, ...], device: torch.device, dtype: torch.dtype
+        self,
+        spec: ProjectionSpec,
+        groups: tuple[InputGroup, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        small: tuple[SmallSite, ...] = (),
     ) -> None:
         self.k = spec.k
-        self.sites = tuple(site for group in groups for site in group.sites)
         if not spec.k:
             return
-        pieces = [buckets(spec.seed, spec.version, site, spec.proj_rank**2, spec.k) for site in self.sites]
+        sizes = [(site, spec.proj_rank**2) for group in groups for site in group.sites]
+        sizes += [(site.name, site.size) for site in small]
+        pieces = [buckets(spec.seed, spec.version, site, size, spec.k) for site, size in sizes]
         bucket_S = torch.cat([bucket for bucket, _ in pieces])
         sign_S = torch.cat([sign for _, sign in pieces])
         # The members of every bucket in a padded row: a gather and a sum add in one order on every device, where

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before torch is imported: the models are tiny, and threads that wait for each other take thirty times as long where the
+# processors are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.gcs import BUCKET, ENVIRONMENT, Gcs, serve
 
 os.environ.update(ENVIRONMENT)  # gcsfs reads it when it is imported, whichever test does that

@@ -5,12 +5,11 @@ A folder without a manifest, or with a file that differs from it, is torn: it is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from schemas.storage import (
     sha256,
     write_whole,
 )
+from selection_ops.model import quiet
 
 log = logging.getLogger(__name__)
 
@@ -110,20 +110,6 @@ def load_optimizer_tensors(
         optimizer.state[parameter] = state
     if left:
         raise InputError(f"{where} holds moments of {sorted(left)[0].split(':')[0]}, which this model does not have")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars, which would write into ours."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def write_checkpoint(

@@ -16,9 +16,9 @@ from schemas.run import Run, check_name
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
 from selection_ops.encoding import Encoded, Encoder
-from selection_ops.model import default_attention, default_dtype, load_model, tokenizer_fingerprint
+from selection_ops.model import default_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
-from trainer.checkpoints import load_optimizer_tensors, optimizer_fingerprint, quiet, read_optimizer
+from trainer.checkpoints import load_optimizer_tensors, optimizer_fingerprint, read_optimizer
 from trainer.schedules import get_schedule
 from trainer.settings import TrainSettings
 from trainer.step import Candidate

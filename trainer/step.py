@@ -28,7 +28,6 @@ from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from selection_ops.online.preconditioner import adamw_preconditioner
 from selection_ops.online.weights import effective_sample_size, normalise
-from selection_ops.sites import find_sites, layout_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,14 +132,10 @@ class OnlineStep:
         self._device = self._parameters[0].device
         self._route = HeadRoute(model)
         self._engine: GradientEngine | None = None
-        self._sites: list[tuple[str, nn.Module, nn.Parameter]] = []
+        self._weights: dict[str, nn.Parameter] = {}
         if self.policy.needs_sketches:
-            found = find_sites(model)
-            modules = [(name, model.get_submodule(name)) for name in found.sites]
-            self._sites = [(name, module, module.weight) for name, module in modules]
-            self._engine = GradientEngine(
-                model, found.input_groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION
-            )
+            self._engine = GradientEngine(model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION)
+            self._weights = {site.parameter: model.get_parameter(site.parameter) for site in self._engine.matrix_sites}
 
     def step(
         self, candidates: Sequence[Candidate], target: Sequence[Encoded] = (), *, token_limit: int | None = None
@@ -227,7 +222,7 @@ class OnlineStep:
         """(metric that acts, sketch of the preconditioned gradient of the target's token mean, that mean)."""
         if not target:
             raise InputError("this policy compares candidates with target samples; give the step some")
-        weights = [weight for _, _, weight in self._sites]
+        weights = list(self._weights.values())
         sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
         self.model.eval()
@@ -242,20 +237,18 @@ class OnlineStep:
         if not math.isfinite(total):
             raise LehrError(f"step {number}: the loss of the target batch is {total}; nothing was updated")
         metric = self._acting_metric()
-        pieces = []
-        for (name, module, weight), gradient in zip(self._sites, sums):
-            if metric.needs_preconditioner:
-                gradient = metric.precondition_target(gradient, self._preconditioner(weight))
-            # Sites differ in how they lay out their weight; a sketch is of the gradient as [outputs, inputs].
-            layout: Any = layout_of(module)
-            pieces.append(engine.project_dense(name, layout.matrix(_Weight(gradient))).flatten())
+        gradients = dict(zip(self._weights, sums))
+        if metric.needs_preconditioner:
+            for name, weight in self._weights.items():
+                gradients[name] = metric.precondition_target(gradients[name], self._preconditioner(weight))
+        pieces = [engine.project_dense(site.name, gradients[site.parameter]).flatten() for site in engine.matrix_sites]
         return metric.name, torch.cat(pieces), total
 
     def _acting_metric(self) -> Metric:
         """The metric asked for, or `sgd` until the second moment has seen enough gradients."""
         if not self.metric.needs_preconditioner:
             return self.metric
-        seen = min(self._seen(weight) for _, _, weight in self._sites)
+        seen = min(self._seen(weight) for weight in self._weights.values())
         return self.metric if seen >= self._warmup_select else get_metric("sgd")
 
     def _seen(self, parameter: Tensor) -> int:
@@ -348,13 +341,6 @@ class OnlineStep:
             for gradient in gradients:
                 gradient.mul_(factor)
         return norm, factor
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """Stands for a module whose weight is a gradient, so that its site's layout turns it."""
-
-    weight: Tensor
 
 
 def _not_finite(number: int, what: str, items: Sequence[Candidate]) -> str:

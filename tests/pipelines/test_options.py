@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from pipelines import runners
+from pipelines.check import check
 from pipelines.geometry import full_sketches, read_target, unit_sketches
-from pipelines.options import Execution, ScoringOptions, TargetOptions
+from pipelines.options import CheckOptions, Execution, ScoringOptions, TargetOptions
 from pipelines.plan import make_plan
 from pipelines.score import parse_share, score
 from pipelines.scorer import SampleScorer
@@ -153,6 +154,27 @@ def test_higher_proj_rank_estimates_inner_products_better(world: World) -> None:
         rows = full_sketches(scored(world, name, proj_rank=rank, k=0)).numpy()
         errors.append(np.linalg.norm(rows @ rows.T - exact) / np.linalg.norm(exact))
     assert errors[1] < errors[0]
+
+
+def test_attribute_all_adds_every_other_parameter(world: World) -> None:
+    """With every number kept, the blocks' part of the sketch stays as it is, and the rest comes beside it."""
+    blocks, everything = scored(world, "blocks", k=0), scored(world, "everything", k=0, attribute="all")
+    assert everything["loss"].equals(blocks["loss"])
+    spec, narrow = world.run.scoring("everything"), world.run.scoring("blocks")
+    names = [site for group in spec.input_groups for site in group.sites]
+    own = [site for group in narrow.input_groups for site in group.sites]
+    assert spec.small_sites and set(own) < set(names)
+    size = spec.proj_rank**2
+    columns = np.concatenate([np.arange(size) + names.index(site) * size for site in own])
+    found, wanted = full_sketches(everything).numpy(), full_sketches(blocks).numpy()
+    assert found.shape[1] == spec.sketch_size > wanted.shape[1]
+    # Rows are stored in float16, at another norm.
+    assert np.linalg.norm(found[:, columns] - wanted) < 2e-3 * np.linalg.norm(wanted)
+    assert (numbers(everything, "grad_norm") > numbers(blocks, "grad_norm")).all()
+    summary = world.run.manifest("scoring", "everything").summary
+    assert summary["attributed_share"] == 1.0 and not summary["not_attributed"]
+    report = check(world.run, "everything", CheckOptions(rows=6, target_rows=0))
+    assert report.intact and report.faithful
 
 
 def test_k_is_the_length_of_a_sketch_and_0_keeps_every_number(world: World) -> None:
@@ -445,7 +467,7 @@ def test_a_larger_budget_selects_more(world: World) -> None:
 def test_scoring_options_are_those_tested_here() -> None:
     """A new option needs a test here; `revision` is of hub ids and is tested with the loading of models."""
     tested = {
-        "model", "revision", "max_tokens", "min_tokens", "append_eos", "chat_template", "proj_rank", "k", "seed", "loss",
+        "model", "revision", "attribute", "max_tokens", "min_tokens", "append_eos", "chat_template", "proj_rank", "k", "seed", "loss",
         "dtype", "attention", "batch_tokens",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(ScoringOptions)} == tested

@@ -16,6 +16,7 @@ from schemas.spec import (
     FeatureSpec,
     InputGroup,
     PlanSpec,
+    SmallSite,
     feature_spec_from_dict,
     plan_spec_from_dict,
 )
@@ -25,6 +26,7 @@ FEATURES = FeatureSpec(
     tokenizer="t",
     encoding=EncodingSpec(),
     input_groups=(InputGroup(name="q", sites=("q", "k", "v")), InputGroup(name="o", sites=("o",))),
+    small_sites=(SmallSite(name="o.bias", size=2),),
 )
 PLAN = PlanSpec(corpus="c", columns=CorpusColumns(keep=("url", "date"), domain="d"))
 ANY: dict[str, Any] = {
@@ -32,12 +34,15 @@ ANY: dict[str, Any] = {
     "format": {"format": "csv"},
     "loss": {"loss": "max"},
     "dtype": {"dtype": "float16"},
+    "attribute": {"attribute": "some"},
 }
 OTHER: dict[str, Any] = {
     "model": "n",
     "tokenizer": "u",
     "encoding": EncodingSpec(max_tokens=99),
+    "attribute": "all",
     "input_groups": FEATURES.input_groups[:1],
+    "small_sites": (SmallSite(name="norm.weight", size=3),),
     "proj_rank": 8,
     "k": 64,
     "seed": 1,
@@ -80,7 +85,7 @@ def test_specs_survive_json() -> None:
 
 def test_sketch_size() -> None:
     assert FEATURES.sketch_size == 2048
-    assert dataclasses.replace(FEATURES, k=0, proj_rank=4).sketch_size == 4 * 16
+    assert dataclasses.replace(FEATURES, k=0, proj_rank=4).sketch_size == 4 * 16 + 2
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,7 @@ def test_sketch_size() -> None:
         (lambda: dataclasses.replace(FEATURES, proj_rank=0), "proj_rank"),
         (lambda: dataclasses.replace(FEATURES, k=-1), "k must be 0"),
         (lambda: dataclasses.replace(FEATURES, batch_tokens=0), "batch_tokens"),
+        (lambda: dataclasses.replace(FEATURES, **ANY["attribute"]), "unknown attribute 'some': blocks, all"),
         (lambda: dataclasses.replace(FEATURES, **ANY["loss"]), "unknown loss 'max': sum, mean"),
         (lambda: dataclasses.replace(FEATURES, **ANY["dtype"]), "unknown dtype 'float16': float32, bfloat16, float64"),
     ],

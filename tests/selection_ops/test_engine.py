@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 
 from schemas.errors import InputError
 from schemas.spec import EncodingSpec, FeatureSpec, InputGroup
-from selection_ops import engine as engine_module
 from selection_ops.batching import collate
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine, SampleFeatures
+from selection_ops.recording import Records
 from selection_ops.sites import find_sites
 from tests.reference.gradients import dense_gradients, fold_matrix, projection, sample_loss, sketch
 from tests.tiny import MODELS, tiny_gpt2, tiny_llama, widen_norms
@@ -230,11 +231,9 @@ def test_dense_gradients_are_projected_as_samples_are(kind: str) -> None:
     dense = [dense_gradients(model, item.ids, item.loss_mask) for item in items]
     with engine_of(model, k=0) as engine:
         total = engine.features(collate(items)).sketch_BK.sum(0)
-    for index, site in enumerate(engine.sites):
-        gradient = torch.tensor(sum(part[f"{site}.weight"] for part in dense))
-        if kind == "gpt2":
-            gradient = gradient.T
-        found = engine.project_dense(site, gradient)
+    for index, site in enumerate(engine.matrix_sites):
+        gradient = torch.tensor(sum(part[site.parameter] for part in dense))
+        found = engine.project_dense(site.name, gradient)
         wanted = total[index * RANK**2 : (index + 1) * RANK**2].reshape(RANK, RANK)
         assert float((found - wanted).norm()) < 1e-10 * float(wanted.norm())  # invariant 3
     with pytest.raises(InputError, match="no site 'nowhere'"):
@@ -265,14 +264,13 @@ def test_autocast_narrows_the_factors_but_not_the_contraction(monkeypatch: pytes
     items = samples()
     exact = features(model, items, k=0).sketch_BK
     seen: list[tuple[torch.dtype, torch.dtype]] = []
-    record = GradientEngine._record
+    add = Records.add
 
-    def watched(self: Any, site: Any, delta: torch.Tensor, projected: torch.Tensor) -> None:
-        product = delta.float().transpose(1, 2) @ projected.float()
-        seen.append((delta.dtype, product.dtype))
-        record(self, site, delta, projected)
+    def watched(self: Any, site: Any, rows: slice, left: torch.Tensor, right: torch.Tensor) -> None:
+        seen.append((left.dtype, (left.to(self.dtype).transpose(1, 2) @ right.to(self.dtype)).dtype))
+        add(self, site, rows, left, right)
 
-    monkeypatch.setattr(engine_module.GradientEngine, "_record", watched)
+    monkeypatch.setattr(Records, "add", watched)
     with engine_of(model, k=0) as engine, torch.autocast("cpu", dtype=torch.bfloat16):
         found = engine.features(collate(items)).sketch_BK
     assert set(seen) == {(torch.bfloat16, torch.float32)}
@@ -280,14 +278,18 @@ def test_autocast_narrows_the_factors_but_not_the_contraction(monkeypatch: pytes
     assert 1e-4 < relative(found, exact) < 0.1  # bfloat16: measured 0.011
 
 
-def test_contraction_over_tokens_is_float32_for_bfloat16_factors() -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_contraction_over_tokens_is_float32_for_bfloat16_factors(rows: bool) -> None:
     """4,095 equal products, whose sum bfloat16 cannot hold: it lies a quarter of a unit in the last place off."""
-    model = tiny_llama(dtype=torch.bfloat16)
-    with engine_of(model) as engine:
-        engine._records_SBRR = torch.zeros(len(engine.sites), 1, RANK, RANK)
-        ones_BTR = torch.ones(1, 4095, RANK, dtype=torch.bfloat16)
-        engine._record(engine._sites[0], ones_BTR, ones_BTR * 1.0078125)
-        assert engine._records_SBRR[0, 0, 0, 0] == 4095 * 1.0078125  # exact in float32
+    engine = engine_of(tiny_llama(dtype=torch.bfloat16))
+    records = Records((1, 4095), matrices=1, rank=RANK, small={}, dtype=torch.float32, device=torch.device("cpu"))
+    ones_tR = torch.ones(4095, RANK, dtype=torch.bfloat16)
+    if rows:
+        sample_t = torch.zeros(4095, dtype=torch.int64)
+        records.add_rows(engine._sites[0], slice(0, 1), ones_tR, ones_tR * 1.0078125, sample_t)
+    else:
+        records.add(engine._sites[0], slice(0, 1), ones_tR[None], ones_tR[None] * 1.0078125)
+    assert records.matrices_MBRR[0, 0, 0, 0] == 4095 * 1.0078125  # exact in float32
 
 
 def test_a_site_used_twice_adds_both_uses() -> None:
@@ -307,14 +309,19 @@ def test_inputs_are_not_kept() -> None:
     """Between forward and backward the engine holds projected inputs, not inputs."""
     model: Any = tiny_llama()
     with engine_of(model) as engine:
-        hidden = torch.randn(2, 5, 32, requires_grad=True)
+        engine._records = Records(
+            (2, 5), matrices=len(engine.sites), rank=RANK, small={}, dtype=torch.float32, device=torch.device("cpu")
+        )
+        hidden = torch.randn(2, 5, 32, requires_grad=True).clone()
+        alive = weakref.ref(hidden)
         made = model.model.layers[0].self_attn.q_proj(hidden)
-        saved = [tuple(tensor.shape) for tensor in made.grad_fn.saved_tensors]
-        reference, projected = engine._projected["model.layers.0.self_attn.q_proj"]
-        assert saved == [(32, 32), (2, 5, RANK)]
+        reference, projected = engine._records.projected["model.layers.0.self_attn.q_proj"]
         assert tuple(projected.shape) == (2, 5, RANK)
-        del hidden, made
+        del hidden
         assert reference() is None
+        assert alive() is None
+        made.sum().backward()
+        assert float(engine._records.matrices_MBRR[0].norm()) > 0
 
 
 def test_sites_of_a_group_share_one_projection_of_the_input() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from schemas.errors import InputError
-from selection_ops import sites as sites_module
-from selection_ops.sites import LinearMap, find_sites, layout_of, site_type
+from selection_ops.sites import base, find, find_sites, site_type, type_of
+from selection_ops.sites.linear import Linear
 from tests.tiny import MODELS, tiny_gpt2, tiny_llama, tiny_neox
 
 
@@ -67,9 +67,11 @@ class Toy(nn.Module):
         self.embedding = nn.Embedding(9, 4)
         self.head = nn.Linear(4, 9)
         self.good, self.idle, self.flat = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.halves = nn.Linear(2, 2)
+        self.halves, self.mixed, self.turned = nn.Linear(2, 2), nn.Linear(4, 4), nn.Linear(4, 4)
         self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
         self.two.weight = self.one.weight
+        self.still = nn.Linear(4, 4, bias=False)
+        self.still.weight.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -77,24 +79,35 @@ class Toy(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> torch.Tensor:
         hidden = self.good(input=self.embedding(input_ids))
         hidden = self.flat(hidden.reshape(-1, 4)).reshape(hidden.shape)
         hidden = self.halves(hidden.reshape(*hidden.shape[:2], 2, 2)).reshape(hidden.shape)
-        return self.head(self.two(self.one(hidden)))
+        hidden = self.turned(hidden.transpose(0, 1)).transpose(0, 1)
+        hidden = hidden + 0 * self.mixed(hidden + hidden.flip(0))
+        return self.head(self.still(self.two(self.one(hidden))))
 
 
 def test_what_cannot_be_a_site_is_listed_with_its_reason() -> None:
     report = find_sites(Toy())
-    assert report.sites == ("good",)
+    assert report.sites == ("good", "flat", "halves", "one")
     reasons = report.unattributed
     assert "did not run" in reasons["idle.weight"]
-    assert "[6, 4]" in reasons["flat.weight"]
-    assert "[2, 3, 2, 2]" in reasons["halves.weight"]
-    assert "shared by one, two" in reasons["one.weight"]
+    assert "[3, 2, 4] for 2 samples of 3 tokens" in reasons["turned.weight"]
+    assert "[2, 3, 4]" in reasons["mixed.weight"]
+    assert "samples do not keep" in reasons["mixed.weight"]
+    assert reasons["still.weight"] == "frozen: its requires_grad is False"
     assert "bias" in reasons["good.bias"]
     assert "embedding or head" in reasons["embedding.weight"]
     assert "embedding or head" in reasons["head.bias"]
+
+
+def test_all_attributes_everything_that_can_be() -> None:
+    report = find_sites(Toy(), "all")
+    assert report.sites == ("embedding", "head", "good", "flat", "halves", "one")
+    assert [site.name for site in report.small] == ["head.bias", "good.bias", "flat.bias", "halves.bias"]
+    out = {f"{name}.{part}" for name in ("idle", "turned", "mixed") for part in ("weight", "bias")} | {"still.weight"}
+    assert set(report.unattributed) == out
 
 
 class Scaled(nn.Linear):
@@ -108,16 +121,29 @@ def test_subclasses_are_no_sites_until_registered(monkeypatch: pytest.MonkeyPatc
     model: Any = tiny_llama()
     old = model.model.layers[0].mlp.down_proj
     model.model.layers[0].mlp.down_proj = Scaled(old.in_features, old.out_features, bias=False)
-    report = find_sites(model)
-    assert "Scaled: no site type registered" in report.unattributed["model.layers.0.mlp.down_proj.weight"]
-    monkeypatch.setattr(sites_module, "_TYPES", dict(sites_module._TYPES))
+    name = "model.layers.0.mlp.down_proj"
+    assert name not in find_sites(model).sites
+    assert "Scaled" in find_sites(model).unattributed[f"{name}.weight"]
+    # Under "all" it is taken sample by sample, as any module that nobody knows.
+    assert f"{name}.weight" in [site.name for site in find_sites(model, "all").small]
+    monkeypatch.setattr(base, "_BY_CLASS", dict(base._BY_CLASS))
 
     @site_type(Scaled)
-    class _Scaled(LinearMap):
+    class _Scaled(Linear):
         pass
 
-    assert layout_of(Scaled(2, 3)) is _Scaled
-    assert "model.layers.0.mlp.down_proj" in find_sites(model).sites
+    assert type_of(Scaled(2, 3)) is _Scaled
+    assert name in find_sites(model).sites
+
+
+def test_too_large_a_parameter_is_not_copied_for_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_llama()
+    old = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = Scaled(old.in_features, old.out_features, bias=False)
+    monkeypatch.setattr(find, "MOST_NUMBERS", 100)
+    reason = find_sites(model, "all").unattributed["model.layers.0.mlp.down_proj.weight"]
+    assert "Scaled: no site type registered" in reason
+    assert "1,536 numbers are too many" in reason
 
 
 def test_a_model_without_linear_maps_is_an_error() -> None:
@@ -126,7 +152,7 @@ def test_a_model_without_linear_maps_is_an_error() -> None:
             nn.Module.__init__(self)
             self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
 
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> torch.Tensor:
             return self.head(self.embedding(input_ids))
 
     with pytest.raises(InputError, match=r"no linear map.*Linear, Conv1D"):

@@ -105,14 +105,15 @@ def oracle_geometry(model: Any, online: OnlineStep, candidates: list[Candidate],
     assert online._engine is not None
     target_parts = [sample_gradients(model, item)[0] for item in target]
     tokens = sum(sum(item.loss_mask) for item in target)
-    names = {id(p): name for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
     rows: list[list[np.ndarray]] = [[] for _ in candidates]
     direction: list[np.ndarray] = []
     gradients = [sample_gradients(model, item.encoded)[0] for item in candidates]
     for site in online._engine._sites:
-        name = names[id(site.module.weight)]
+        name = site.site.parameter
+        module: Any = modules[site.name]
         p_out, p_in = site.out_OR.T.numpy(), site.in_IR.T.numpy()
-        turned = type(site.module).__name__ == "Conv1D"
+        turned = type(module).__name__ == "Conv1D"
 
         def sketch(gradient: np.ndarray, p_out: Any = p_out, p_in: Any = p_in, turned: bool = turned) -> np.ndarray:
             return (p_out @ (gradient.T if turned else gradient) @ p_in.T).ravel()
@@ -120,7 +121,7 @@ def oracle_geometry(model: Any, online: OnlineStep, candidates: list[Candidate],
         for row, gradient in zip(rows, gradients):
             row.append(sketch(gradient[name].numpy()))
         v = sum(part[name] for part in target_parts).numpy() / tokens
-        weight: Any = site.module.weight
+        weight: Any = module.weight
         state = online.optimizer.state.get(weight)
         if state and int(state["step"]) >= 2 and online.metric.name == "target":
             t, second = int(state["step"]) + 1, state["exp_avg_sq"].numpy()

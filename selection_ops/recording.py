@@ -1,0 +1,285 @@
+"""Where the factors of per-sample gradients arrive while a batch runs forward and backward, and become sketches.
+
+Legend: B samples, T tokens, t tokens of one sample in a row, I inputs and O outputs of a matrix, R projection rank, M matrix sites,
+n numbers of a small parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from selection_ops.sites import Forward, Site
+from selection_ops.sites.layout import CallLayout
+
+
+@dataclasses.dataclass(eq=False)
+class MatrixSite:
+    """A matrix site and its projections; signs are kept as +-1, exact in bfloat16, and sketches are scaled by 1/R at the end."""
+
+    site: Site
+    group: str
+    index: int
+    in_signs_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    out_signs_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def name(self) -> str:
+        """Name of the site."""
+        return self.site.name
+
+    @property
+    def in_IR(self) -> torch.Tensor:
+        """P_in^T."""
+        return self.in_signs_IR / self.in_signs_IR.shape[1] ** 0.5
+
+    @property
+    def out_OR(self) -> torch.Tensor:
+        """P_out^T."""
+        return self.out_signs_OR / self.out_signs_OR.shape[1] ** 0.5
+
+
+class Records:
+    """Sums of one batch: R x R of every matrix site and the numbers of every small one, sample by sample."""
+
+    def __init__(
+        self,
+        shape_BT: tuple[int, int],
+        *,
+        matrices: int,
+        rank: int,
+        small: dict[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        samples, self.length = shape_BT
+        self.dtype = dtype
+        self.samples = slice(0, samples)
+        """Samples that modules see now: all, or the one that an expanded module runs."""
+        self.matrices_MBRR = torch.zeros(matrices, samples, rank, rank, dtype=dtype, device=device)
+        self.small = {name: torch.zeros(samples, size, dtype=dtype, device=device) for name, size in small.items()}
+        self.leaves: list[tuple[str, slice, torch.Tensor]] = []
+        self.projected: dict[str, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+
+    @property
+    def size(self) -> int:
+        """Samples that modules see now."""
+        return self.samples.stop - self.samples.start
+
+    @contextlib.contextmanager
+    def only(self, sample: int) -> Iterator[None]:
+        """Inside, modules see one sample."""
+        before, self.samples = self.samples, slice(sample, sample + 1)
+        self.projected.clear()
+        try:
+            yield
+        finally:
+            self.samples = before
+            self.projected.clear()
+
+    def add(self, site: MatrixSite, samples: slice, left_BtR: torch.Tensor, right_BtR: torch.Tensor) -> None:
+        """Add the sum over tokens of left right'. Added, not set: a module may be used more than once in a forward pass.
+
+        bfloat16 factors are widened here: the sum over tokens is where rounding would pile up.
+        """
+        product_BRR = left_BtR.to(self.dtype).transpose(1, 2) @ right_BtR.to(self.dtype)
+        self.matrices_MBRR[site.index, samples] += product_BRR
+
+    def add_rows(
+        self, site: MatrixSite, samples: slice, left_nR: torch.Tensor, right_nR: torch.Tensor, sample_n: torch.Tensor
+    ) -> None:
+        """As `add` for rows in any order, row i of sample `sample_n[i]` among `samples`."""
+        members_Bn = torch.arange(samples.stop - samples.start, device=sample_n.device)[:, None] == sample_n
+        left_BRn = left_nR.to(self.dtype).T * members_Bn[:, None].to(self.dtype)
+        self.matrices_MBRR[site.index, samples] += left_BRn @ right_nR.to(self.dtype)
+
+    def collect_leaves(self) -> None:
+        """Take the gradients of the copies of parameters that samples had of their own."""
+        for name, samples, leaf in self.leaves:
+            if leaf.grad is not None:
+                self.small[name][samples] += leaf.grad.to(self.dtype).reshape(1, -1)
+        self.leaves.clear()
+
+    def flat(self) -> torch.Tensor:
+        """[B, all numbers]: the matrices' R x R side by side, scaled, then the small sites'."""
+        size, rank = self.matrices_MBRR.shape[1:3]
+        matrices = self.matrices_MBRR.transpose(0, 1).reshape(size, -1) / rank
+        return torch.cat([matrices, *self.small.values()], 1) if self.small else matrices
+
+
+class ModuleTape:
+    """What one module's forward reports to (`sites.base.Tape`)."""
+
+    def __init__(
+        self, records: Callable[[], Records], matrices: dict[str, MatrixSite], small: dict[str, str], layout: CallLayout
+    ) -> None:
+        self._records, self._matrices, self._small, self._layout = records, matrices, small, layout
+
+    def wants(self, name: str) -> bool:
+        """Whether the parameter is attributed."""
+        return name in self._matrices or name in self._small
+
+    def by_sample(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, t, .]; what is shared by all samples is repeated for each."""
+        size = self._records().size
+        if tensor.shape[0] == 1 and size > 1:
+            tensor = tensor.expand(size, *tensor.shape[1:])
+        return tensor.reshape(size, -1, tensor.shape[-1])
+
+    def outer(self, name: str, output: torch.Tensor, inputs: torch.Tensor) -> None:
+        """See `Tape.outer`."""
+        site = self._matrices.get(name)
+        if site is None or not output.requires_grad:
+            return
+        records = self._records()
+        samples, right = records.samples, self._projected(records, site, inputs)
+
+        def arrive(delta: torch.Tensor) -> None:
+            left = delta @ site.out_signs_OR.to(delta.dtype)
+            size = samples.stop - samples.start
+            records.add(site, samples, left.reshape(size, -1, left.shape[-1]), right.reshape(size, -1, right.shape[-1]))
+
+        _on_gradient(output, arrive)
+
+    def _projected(self, records: Records, site: MatrixSite, inputs: torch.Tensor) -> torch.Tensor:
+        held = records.projected.get(site.group)
+        # A weak reference: what is kept until backward is the projected input, not the input.
+        if held is None or held[0]() is not inputs:
+            held = weakref.ref(inputs), inputs.detach() @ site.in_signs_IR
+            records.projected[site.group] = held
+        return held[1]
+
+    def lookup(self, name: str, output: torch.Tensor, row_BT: torch.Tensor, scale_BT: torch.Tensor) -> None:
+        """See `Tape.lookup`."""
+        site = self._matrices.get(name)
+        if site is None:
+            return
+        records = self._records()
+        samples = records.samples
+
+        def arrive(delta: torch.Tensor) -> None:
+            right_BTR = (delta @ site.in_signs_IR.to(delta.dtype)) * scale_BT[..., None].to(delta.dtype)
+            records.add(site, samples, site.out_signs_OR[row_BT], right_BTR)
+
+        _on_gradient(output, arrive)
+
+    def routed(self, name: str, output_nO: torch.Tensor, inputs_nI: torch.Tensor, token_n: torch.Tensor) -> None:
+        """See `Tape.routed`."""
+        site = self._matrices.get(name)
+        if site is None or not output_nO.requires_grad:
+            return
+        records = self._records()
+        samples, right_nR = records.samples, inputs_nI.detach() @ site.in_signs_IR
+        sample_n = token_n // records.length
+
+        def arrive(delta_nO: torch.Tensor) -> None:
+            left_nR = delta_nO @ site.out_signs_OR.to(delta_nO.dtype)
+            records.add_rows(site, samples, left_nR, right_nR, sample_n)
+
+        _on_gradient(output_nO, arrive)
+
+    def small(self, name: str, output: torch.Tensor, gradient_Bn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """See `Tape.small`."""
+        site = self._small.get(name)
+        if site is None or not output.requires_grad:
+            return
+        records = self._records()
+        samples = records.samples
+
+        def arrive(delta: torch.Tensor) -> None:
+            wide_BtO = delta.reshape(samples.stop - samples.start, -1, delta.shape[-1]).to(records.dtype)
+            records.small[site][samples] += gradient_Bn(wide_BtO)
+
+        _on_gradient(output, arrive)
+
+    def head(
+        self,
+        records: Records,
+        hidden_tI: torch.Tensor,
+        softmax_tV: torch.Tensor,
+        labels_t: torch.Tensor,
+        sample_t: torch.Tensor,
+    ) -> None:
+        """A linear map from hidden states to logits, whose gradient is softmax - onehot(label), for some tokens."""
+        site, bias = self._matrices.get("weight"), self._small.get("bias")
+        if site is not None:
+            out_VR = site.out_signs_OR.to(softmax_tV.dtype)
+            left_tR = (softmax_tV @ out_VR).to(records.dtype) - out_VR[labels_t].to(records.dtype)
+            right_tR = hidden_tI @ site.in_signs_IR.to(hidden_tI.dtype)
+            records.add_rows(site, records.samples, left_tR, right_tR, sample_t)
+        if bias is not None:
+            members_Bt = torch.arange(records.size, device=sample_t.device)[:, None] == sample_t
+            records.small[bias] += members_Bt.to(records.dtype) @ softmax_tV.to(records.dtype)
+            records.small[bias].index_put_((sample_t, labels_t), records.small[bias].new_tensor(-1.0), accumulate=True)
+
+    def each_sample(self, module: nn.Module, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Tape.each_sample`."""
+        records = self._records()
+        if records.size == 1:
+            return self._one(module, call, args, kwargs, records.samples)
+        leaves, form = _pytree.tree_flatten((args, kwargs))
+        results: list[list[Any]] = []
+        result_form: Any = None
+        for sample in range(records.samples.start, records.samples.stop):
+            given = [
+                _rows(leaf, place, sample - records.samples.start, records.size)
+                for leaf, place in zip(leaves, self._layout.arguments)
+            ]
+            own_args, own_kwargs = _pytree.tree_unflatten(given, form)
+            with records.only(sample):
+                found = self._one(module, call, own_args, own_kwargs, records.samples)
+            parts, result_form = _pytree.tree_flatten(found)
+            results.append(parts)
+        joined = [
+            torch.cat(parts) if place in ("batch", "flat") else parts[0]
+            for parts, place in zip(zip(*results), self._layout.result)
+        ]
+        return _pytree.tree_unflatten(joined, result_form)
+
+    def _one(
+        self, module: nn.Module, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], samples: slice
+    ) -> Any:
+        """The module with copies of its small parameters that collect one sample's gradient."""
+        records = self._records()
+        swapped: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for local, site in self._small.items():
+                path, _, attribute = local.rpartition(".")
+                holder = module.get_submodule(path)
+                own = holder._parameters[attribute]
+                assert own is not None
+                leaf = own.detach().clone().requires_grad_()
+                records.leaves.append((site, samples, leaf))
+                swapped.append((holder, attribute, own))
+                holder._parameters[attribute] = leaf  # type: ignore[assignment]
+            return call(*args, **kwargs)
+        finally:
+            for holder, attribute, own in swapped:
+                holder._parameters[attribute] = own
+
+
+def _rows(leaf: Any, place: str, sample: int, size: int) -> Any:
+    """One sample's rows of an argument."""
+    if not isinstance(leaf, torch.Tensor) or place not in ("batch", "flat"):
+        return leaf
+    each = leaf.shape[0] // size
+    if not each:  # one row that serves all samples
+        return leaf
+    return leaf[sample * each : (sample + 1) * each]
+
+
+def _on_gradient(output: torch.Tensor, arrive: Callable[[torch.Tensor], None]) -> None:
+    def hook(delta: torch.Tensor) -> None:
+        # Under autocast the output, and so its gradient, is narrower than the weights; and autocast must not narrow the
+        # contraction over tokens.
+        with torch.autocast(delta.device.type, enabled=False):
+            arrive(delta)
+
+    output.register_hook(hook)
