@@ -122,7 +122,7 @@ def _errors(record: dict[str, Any]) -> Any:
         "projection": "inner products: projection, rank {proj_rank}",
         "fold": "fold to {k}",
         "arithmetic": "arithmetic of the scoring",
-        "storage": "float16",
+        "storage": "float16, other batches",
         "stored": "all of it",
         "norm": "norms",
     }

@@ -61,11 +61,11 @@ EVERY = CheckOptions(rows=1000, target_rows=4)
 def test_a_sound_run_is_intact_and_as_theory_says(scored: World) -> None:
     costs: list[CheckCost] = []
     ticks: list[int] = []
-    report = check(scored.run, "base", CheckOptions(rows=20, target_rows=14), on_start=costs.append, tick=ticks.append)
+    report = check(scored.run, "base", CheckOptions(rows=20, target_rows=10), on_start=costs.append, tick=ticks.append)
     assert report.intact and report.faithful and not report.failures
     assert sum(ticks) == costs[0].tokens_run  # the cost that is printed is the cost
     errors = report.record["errors"]
-    assert report.record["cost"]["rows"] == 20 and report.record["cost"]["target_rows"] == 10
+    assert report.record["cost"]["rows"] == 20 and report.record["cost"]["target_rows"] == 14
     # Rank 4 on each side of 14 sites, folded to 64: a tenth to a third of the norms, and of what is predicted a third to three.
     for name in ("projection", "fold", "stored", "norm"):
         assert 1 / 3 < errors[name]["ratio"] < 3, name
