@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from schemas.errors import InputError
 from schemas.spec import InputGroup, LossKind
 from selection_ops.batching import collate
 from selection_ops.encoding import Encoded
 from selection_ops.model import evaluating
+from selection_ops.sites import MatrixParameter, Site, search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +29,24 @@ class _Attributed:
     """Where a site's numbers lie in the model."""
 
     parameter: nn.Parameter
-    index: int | None
-    transposed: bool
+    site: Site
 
     def of(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The site's gradient, [O, I] where it is a matrix, from that of the whole parameter."""
-        found = gradient if self.index is None else gradient[self.index]
-        return found.T if self.transposed else found
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.of(self.parameter).shape)
-
-    @property
-    def numel(self) -> int:
-        return self.of(self.parameter).numel()
+        """The site's gradient, [O, I] where it is a matrix and flat where not, from that of the whole parameter."""
+        shape = self.site.shape
+        return shape.matrix(gradient) if isinstance(shape, MatrixParameter) else gradient.reshape(-1)
 
 
-def _find(model: Any, site: str) -> _Attributed:
-    """A site by its name: a module (its weight), a parameter, or a parameter with an index behind a dot."""
+def _find(model: Any, names: Sequence[str]) -> dict[str, _Attributed]:
+    found = search(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    head, _, last = site.rpartition(".")
-    for name, index in ((f"{site}.weight", None), (site, None), (head, last)):
-        if name not in parameters or (index is not None and not index.isdigit()):
-            continue
-        owner = model.get_submodule(name.rpartition(".")[0])
-        return _Attributed(
-            parameters[name],
-            None if index is None else int(index),
-            isinstance(owner, Conv1D) and name.endswith("weight"),
-        )
-    raise InputError(f"{type(model).__name__} has no site {site!r}; the scoring was declared for another architecture")
+    known = {site.name: site for site in (*found.matrices, *found.small)}
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"{type(model).__name__} has no site {name!r}; the scoring was declared for another architecture"
+            )
+    return {name: _Attributed(parameters[known[name].parameter], known[name]) for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +67,11 @@ def plan_dense(model: Any, input_groups: Sequence[InputGroup], samples: int, mem
     """
     passes: list[list[InputGroup]] = []
     numbers = largest = held = 0
+    sites = _find(model, [site for group in input_groups for site in group.sites])
     for group in input_groups:
-        found = [_find(model, site) for site in group.sites]
-        one = sum(site.numel * site.parameter.element_size() for site in found)
-        numbers += sum(site.numel for site in found)
+        found = [sites[site] for site in group.sites]
+        one = sum(held.site.numbers * held.parameter.element_size() for held in found)
+        numbers += sum(held.site.numbers for held in found)
         if one * samples > memory_bytes:
             raise InputError(
                 f"the exact gradients of {samples} samples at {group.name} alone take {one * samples / 1e9:.1f} GB, more than the "
@@ -111,13 +99,14 @@ def dense_gradients(
     The tensors belong to the caller until the next group is asked for. `tick` is told the tokens of every sample run.
     """
     device = next(model.parameters()).device
+    every = _find(model, [site for groups in plan.passes for group in groups for site in group.sites])
     for groups in plan.passes:
-        sites = {site: _find(model, site) for group in groups for site in group.sites}
+        sites = {site: every[site] for group in groups for site in group.sites}
         # Two sites may be parts of one packed parameter: its gradient is asked for once.
         wanted = list({id(site.parameter): site.parameter for site in sites.values()}.values())
         place = {id(parameter): index for index, parameter in enumerate(wanted)}
         out = {
-            name: torch.zeros(len(encoded), *site.shape, dtype=site.parameter.dtype, device=device)
+            name: torch.zeros(len(encoded), *site.of(site.parameter).shape, dtype=site.parameter.dtype, device=device)
             for name, site in sites.items()
         }
         with _only(model, wanted), evaluating(model), torch.enable_grad():

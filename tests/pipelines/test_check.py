@@ -65,7 +65,7 @@ def test_a_sound_run_is_intact_and_as_theory_says(scored: World) -> None:
     assert report.intact and report.faithful and not report.failures
     assert sum(ticks) == costs[0].tokens_run  # the cost that is printed is the cost
     errors = report.record["errors"]
-    assert report.record["cost"]["rows"] == 20 and report.record["cost"]["target_rows"] == 14
+    assert report.record["cost"]["rows"] == 20 and report.record["cost"]["target_rows"] == 10
     # Rank 4 on each side of 14 sites, folded to 64: a tenth to a third of the norms, and of what is predicted a third to three.
     for name in ("projection", "fold", "stored", "norm"):
         assert 1 / 3 < errors[name]["ratio"] < 3, name
@@ -73,6 +73,21 @@ def test_a_sound_run_is_intact_and_as_theory_says(scored: World) -> None:
     decisions = report.record["decisions"]
     assert decisions["spearman_gain"] > 0.3 and 0 <= decisions["match_half_overlap"] <= 1
     assert json.loads(json.dumps(report.record)) == report.record
+
+
+def test_everything_that_is_attributed_is_in_the_exact_gradient(tmp_path: Path) -> None:
+    """Embeddings, norms and biases too, where the scoring attributes them."""
+    from pipelines.score import score
+    from tests.pipelines.worlds import IN_PROCESS
+
+    world = make_world(tmp_path / "world", rows=14, kind="qwen2")
+    options = dataclasses.replace(world.scoring_options, attribute="all")
+    score(world.run, "base", options, IN_PROCESS)
+    report = check(world.run, "base", CheckOptions(rows=6))
+    declared = world.run.manifest("scoring", "base").summary
+    assert report.record["cost"]["numbers"] == declared["attributed_parameters"]
+    assert report.intact and report.faithful
+    assert 1 / 3 < report.record["errors"]["projection"]["ratio"] < 3
 
 
 def test_norm_errors_are_against_dense_gradients(scored: World) -> None:
