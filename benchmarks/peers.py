@@ -458,7 +458,7 @@ def write_corpus(path: Path, model: Path, count: int) -> int:
     """A JSONL file of documents of 64-256 tokens, cut from the manual; their tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     text = "\n".join(file.read_text() for file in sorted((ROOT / "docs").rglob("*.md")))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rng = random.Random(0)

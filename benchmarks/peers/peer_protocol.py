@@ -47,7 +47,11 @@ def load_model(request: dict[str, Any]) -> Any:
 
     dtype = getattr(torch, request["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
-        request["model"], dtype=dtype, attn_implementation=request["attention"], use_safetensors=True
+        request["model"],
+        dtype=dtype,
+        attn_implementation=request["attention"],
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return model.eval()
 
