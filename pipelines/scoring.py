@@ -49,13 +49,13 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
 def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
     import torch
 
-    from selection_ops.model import default_attention, default_dtype, load_model
+    from selection_ops.model import default_attention, default_batch_tokens, default_dtype, load_model
     from selection_ops.sites import find_sites
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
     attention = options.attention or default_attention(device, dtype)
-    batch_tokens = (4096 if device == "cuda" else 1024) if options.batch_tokens is None else options.batch_tokens
+    batch_tokens = default_batch_tokens(device, dtype) if options.batch_tokens is None else options.batch_tokens
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model, options.attribute or "blocks")
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}

@@ -78,6 +78,17 @@ def default_attention(device: str, dtype: str = "bfloat16") -> str:
     return "eager" if device == "cpu" and dtype == "bfloat16" else "sdpa"
 
 
+def default_batch_tokens(device: str, dtype: str) -> int:
+    """Longest x count of a scoring batch: what a core's cache holds, or what fills an accelerator.
+
+    One core with AVX-512, 35M Llama: in float32, 512 tokens take 0.89 of the time of 1,024; in bfloat16 it makes no difference, and
+    larger products suit AMX.
+    """
+    if device != "cpu":
+        return 4096
+    return 1024 if dtype == "bfloat16" else 512
+
+
 def causal_model(model: Any) -> Any:
     """The causal language model itself, with its adapters in it, where PEFT has wrapped it."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
