@@ -176,10 +176,11 @@ def peak_memory(settings: Settings, way: str) -> int:
     """Largest resident bytes of a process that does one round of one way of the float32 model."""
     given = {"model": settings.model, "samples": settings.samples, "batch_tokens": settings.batch_tokens}
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import torch; import scoring; torch.set_num_threads(1); "
+        "import re, sys; sys.path.insert(0, sys.argv[1]); import torch; import scoring; torch.set_num_threads(1); "
         f"ways, _ = scoring.ways_of(scoring.Settings(**{given!r}, device='cpu'), 'float32', 'f32'); "
         f"[way.run() for way in ways if way.name == 'f32_{way}']; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        # Not ru_maxrss, which knows of the process that this one was forked from.
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
