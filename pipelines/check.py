@@ -28,7 +28,7 @@ from selection_ops.batching import collate
 from selection_ops.dense import DensePlan, dense_gradients, plan_dense
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
-from selection_ops.model import default_attention, load_model
+from selection_ops.model import choose_attention, load_model
 from selection_ops.quality import Products, choose_pairs, overlap, pair_errors, rms, spearman, top
 from selection_ops.sketch_theory import float16_variance, fold_variance, projection_variance
 
@@ -112,7 +112,11 @@ def check(
     wide: DType = "float64" if spec.dtype == "float64" else "float32"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exact_model = load_model(
-        location.model, revision=location.revision, dtype=wide, attention=default_attention(device, wide), device=device
+        location.model,
+        revision=location.revision,
+        dtype=wide,
+        attention=choose_attention(location.model, device, wide, revision=location.revision),
+        device=device,
     ).model
     plan = plan_dense(exact_model, _groups(spec), len(stored), int(options.memory_gb * 1e9))
     cost = CheckCost(

@@ -49,12 +49,12 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
 def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
     import torch
 
-    from selection_ops.model import default_attention, default_batch_tokens, default_dtype, load_model
+    from selection_ops.model import choose_attention, default_batch_tokens, default_dtype, load_model
     from selection_ops.sites import find_sites
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
-    attention = options.attention or default_attention(device, dtype)
+    attention = options.attention or choose_attention(model, device, dtype, revision=options.revision)
     batch_tokens = default_batch_tokens(device, dtype) if options.batch_tokens is None else options.batch_tokens
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model, options.attribute or "blocks")

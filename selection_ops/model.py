@@ -78,6 +78,23 @@ def default_attention(device: str, dtype: str = "bfloat16") -> str:
     return "eager" if device == "cpu" and dtype == "bfloat16" else "sdpa"
 
 
+def choose_attention(location: str, device: str, dtype: str, *, revision: str | None = None) -> str:
+    """`default_attention`, but `eager` for a model that transformers has no other implementation of (Gemma 2, Mamba)."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    wanted = default_attention(device, dtype)
+    folder = local_folder(location, revision)
+    if wanted == "eager" or not (folder / "config.json").is_file():
+        return wanted
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except _LOAD_ERRORS:
+        return wanted  # loading it says what is wrong
+    return wanted if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def default_batch_tokens(device: str, dtype: str) -> int:
     """Longest x count of a scoring batch: what a core's cache holds, or what fills an accelerator.
 

@@ -16,7 +16,7 @@ from schemas.run import Run, check_name
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
 from selection_ops.encoding import Encoded, Encoder
-from selection_ops.model import default_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
+from selection_ops.model import choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
 from trainer.checkpoints import load_optimizer_tensors, optimizer_fingerprint, read_optimizer
 from trainer.schedules import get_schedule
@@ -84,7 +84,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = settings.dtype or default_dtype(device)
-    attention = settings.attention or default_attention(device, dtype)
+    attention = settings.attention or choose_attention(settings.model, device, dtype, revision=revision)
     with quiet():
         loaded = load_model(
             settings.model,

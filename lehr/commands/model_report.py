@@ -47,12 +47,15 @@ class Command:
         from schemas.spec import EncodingSpec
         from schemas.storage import normalise, write_whole
         from selection_ops.encoding import Encoded, Encoder
-        from selection_ops.model import default_attention, load_model, quiet
+        from selection_ops.model import choose_attention, load_model, quiet
         from selection_ops.model_report import report_model
 
         with quiet():
             loaded = load_model(
-                self.model, revision=self.revision, dtype="float32", attention=default_attention("cpu", "float32")
+                self.model,
+                revision=self.revision,
+                dtype="float32",
+                attention=choose_attention(self.model, "cpu", "float32", revision=self.revision),
             )
         encoder = Encoder(loaded.tokenizer, EncodingSpec(max_tokens=self.max_tokens, min_tokens=2))
         whole = [encoder.encode(text, [(0, len(text))]) for text in self._texts()]

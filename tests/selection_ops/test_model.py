@@ -17,6 +17,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from schemas.errors import InputError
 from selection_ops.model import (
+    choose_attention,
     default_attention,
     default_dtype,
     evaluating,
@@ -26,6 +27,7 @@ from selection_ops.model import (
     tokenizer_fingerprint,
 )
 from selection_ops.sites import find_sites
+from tests.families import FAMILIES
 from tests.tiny import VOCABULARY, save_tiny_model, tiny_gpt2, tiny_tokenizer
 
 
@@ -220,3 +222,13 @@ def test_a_real_gguf_file_is_loaded_with_dense_maps(tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path / "model.gguf"), dtype="float32", attention="sdpa")
     assert len(find_sites(loaded.model).sites) == 30 * 7
     assert loaded.tokenizer("hello world")["input_ids"] == [28120, 905]
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("llama", "sdpa"), ("gemma2", "eager"), ("mamba", "eager")])
+def test_attention_is_chosen_among_what_the_model_has(tmp_path: Path, family: str, wanted: str) -> None:
+    FAMILIES[family](torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    attention = choose_attention(str(tmp_path), "cpu", "float32")
+    assert attention == wanted
+    load_model(str(tmp_path), dtype="float32", attention=attention)
+    assert choose_attention(str(tmp_path), "cpu", "bfloat16") == "eager"
