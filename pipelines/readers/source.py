@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from schemas.errors import InputError, SourceChanged
 from schemas.fingerprint import fingerprint
 from schemas.ids import unit_id
+from schemas.ranged import SeekableRanges
 from schemas.spec import PlanSpec
 from schemas.storage import client_errors, filesystem, join
 from schemas.units import WorkUnit
@@ -87,30 +88,17 @@ class Source:
         return InputError(f"cannot read {self.url}: {reason}. Check that it exists and may be read by you")
 
 
-class _SeekableSource(io.RawIOBase):
+class _SeekableSource(SeekableRanges):
     def __init__(self, source: Source) -> None:
+        super().__init__()
         self._source = source
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
+    @property
+    def size(self) -> int:
+        return self._source.size
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._source.read(self._position, self._position + len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_range(self, start: int, end: int) -> bytes:
+        return self._source.read(start, end)
 
 
 class RangeView:

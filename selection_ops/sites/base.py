@@ -51,11 +51,6 @@ class SmallParameter:
     size: int
     """Numbers in it."""
 
-    @property
-    def attribute(self) -> str:
-        """Name of the module's attribute that holds it."""
-        return self.name
-
 
 Parameter = MatrixParameter | SmallParameter
 Forward = Callable[..., Any]

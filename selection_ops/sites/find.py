@@ -148,7 +148,7 @@ def search(model: Any) -> ModelSites:
         if kind is None:
             continue
         reason = probe.refusal(path, shared_arguments=kind is Embedding)
-        own = [(part, getattr(module, part.attribute)) for part in kind.parameters(module)]
+        own = [(part, _held(module, part)) for part in kind.parameters(module)]
         for part, parameter in own:
             name = names.get(id(parameter))
             if name is None or not parameter.requires_grad:
@@ -159,7 +159,7 @@ def search(model: Any) -> ModelSites:
                 key = f"{name}.{part.name.partition('.')[2]}" if "." in part.name else name
                 uses.setdefault(key, []).append((path, part, kind))
                 types[path] = kind
-    claimed = {names[id(getattr(modules[path], part.attribute))] for found in uses.values() for path, part, _ in found}
+    claimed = {names[id(_held(modules[path], part))] for found in uses.values() for path, part, _ in found}
     # A use that no site reports would be missing from the sum.
     for name in sorted(claimed & refused.keys()):
         for key in [key for key, found in uses.items() if _parameter(found, modules, names) == name]:
@@ -188,13 +188,18 @@ def search(model: Any) -> ModelSites:
     return _assembled(model, uses, types, layouts, reasons, outside, probe, modules, names)
 
 
+def _held(module: Any, part: Parameter) -> Any:
+    """The parameter of a module that a part is of."""
+    return getattr(module, part.attribute if isinstance(part, MatrixParameter) else part.name)
+
+
 def _parameter(
     found: list[tuple[str, Parameter, type[SiteType]]], modules: dict[str, Any], names: dict[int, str]
 ) -> str:
     path, part, kind = found[0]
     if kind is Expanded:
         return f"{path}.{part.name}"
-    return names[id(getattr(modules[path], part.attribute))]
+    return names[id(_held(modules[path], part))]
 
 
 def _assembled(
