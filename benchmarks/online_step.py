@@ -3,33 +3,49 @@
     python benchmarks/online_step.py --out online_step.json
 
 A Llama of 34.6M parameters with random weights; 16 candidates and 4 target rows of 256 tokens, keep 8, float32, AdamW and
-clipping included. Prints ratios of medians and writes every round. `two_pass_cpu` is the same ratio in processor time, which other
-work on the machine disturbs less.
+clipping included. A ratio is the median over rounds of the quotients within a round, in wall time; with `_cpu` in processor time, which
+other work on the machine disturbs less.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
 
 from selection_ops.encoding import Encoded
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, make_policy
 from trainer.step import Candidate, OnlineStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of the benchmark."""
+
+    rounds: int = 5
+    """Interleaved rounds that are counted; one more before them warms up."""
+    threads: int = 1
+    """Threads."""
+    candidates: int = 16
+    """Candidates of a step."""
+    target: int = 4
+    """Target rows of a step."""
+    keep: int = 8
+    """Candidates that the step trains on."""
+    tokens: int = 256
+    """Tokens of every row."""
+    out: Path | None = None
+    """JSON file for the result; without it, it is printed."""
 
 
 class KeepExactly:
@@ -67,78 +83,47 @@ def rows(count: int, tokens: int, vocabulary: int, generator: torch.Generator) -
     return [Encoded(ids=row.tolist(), loss_mask=[False] + [True] * (tokens - 1)) for row in ids]
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-        "cpu": names[0] if names else platform.machine(),
-        "threads": threads,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--target", type=int, default=4)
-    parser.add_argument("--keep", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def measure(settings: Settings) -> dict[str, Any]:
+    """Ratios, and the seconds of every step in every round."""
+    torch.set_num_threads(settings.threads)
     model = build()
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.1f}M parameters, {options.threads} threads")
+    parameters = sum(p.numel() for p in model.parameters())
+    common.say(f"{parameters / 1e6:.1f}M parameters, {settings.threads} threads")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    shared: dict[str, Any] = {"batch_tokens": options.candidates * options.tokens, "dtype": "float32"}
-    steps = {
-        "vanilla": OnlineStep(model, optimizer, "full", **shared),
-        "vanilla_kept": OnlineStep(model, optimizer, "full", **shared),
-        "two_pass": OnlineStep(model, optimizer, KeepExactly(options.keep), warmup_select=1, **shared),
+    shared: dict[str, Any] = {"batch_tokens": settings.candidates * settings.tokens, "dtype": "float32"}
+    everything = slice(0, settings.candidates)
+    ways = {
+        "vanilla": (OnlineStep(model, optimizer, "full", **shared), everything),
+        "vanilla_kept": (OnlineStep(model, optimizer, "full", **shared), slice(0, settings.keep)),
+        "two_pass": (OnlineStep(model, optimizer, KeepExactly(settings.keep), warmup_select=1, **shared), everything),
     }
-    generator = torch.Generator().manual_seed(0)
-    rounds = []
-    for number in range(options.rounds + 1):
-        encoded = rows(options.candidates, options.tokens, model.config.vocab_size, generator)
-        candidates = [Candidate(sample_id=str(i), encoded=item) for i, item in enumerate(encoded)]
-        target = rows(options.target, options.tokens, model.config.vocab_size, generator)
-        figures: dict[str, float] = {}
-        for name, online in steps.items():
-            offered = candidates[: options.keep] if name == "vanilla_kept" else candidates
-            begun, processor = time.perf_counter(), time.process_time()
-            result = online.step(offered, target)
-            figures[name] = time.perf_counter() - begun
-            figures[f"{name}_cpu"] = time.process_time() - processor
-            if name == "two_pass":
-                figures["kept"] = len(result.decision.kept)
-                figures["choosing"] = result.selection_seconds
-        if number:  # the first round warms allocator and caches
-            rounds.append(figures)
-            print(", ".join(f"{name} {value:.2f}" for name, value in figures.items()), flush=True)
-    median = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
-    ratios = {
-        "two_pass": median["two_pass"] / median["vanilla"],
-        "two_pass_cpu": median["two_pass_cpu"] / median["vanilla_cpu"],
-        "two_pass_over_kept": median["two_pass"] / median["vanilla_kept"],
+
+    def way(online: OnlineStep, offered: slice) -> Callable[[], common.Record]:
+        generator = torch.Generator().manual_seed(0)  # every way is offered the same rows in the same round
+
+        def run() -> common.Record:
+            vocabulary = model.config.vocab_size
+            encoded = rows(settings.candidates, settings.tokens, vocabulary, generator)
+            candidates = [Candidate(sample_id=str(i), encoded=item) for i, item in enumerate(encoded)]
+            target = rows(settings.target, settings.tokens, vocabulary, generator)
+            results = []
+            record = common.timed(lambda: results.append(online.step(candidates[offered], target)))
+            return record | {"kept": len(results[0].decision.kept), "choosing_s": results[0].selection_seconds}
+
+        return run
+
+    rounds = common.interleaved({name: way(*given) for name, given in ways.items()}, settings.rounds)
+    return {
+        "ratios": {
+            "two_pass": common.ratio(rounds, "two_pass", "vanilla", "wall_s"),
+            "two_pass_cpu": common.ratio(rounds, "two_pass", "vanilla"),
+            "two_pass_over_kept": common.ratio(rounds, "two_pass", "vanilla_kept", "wall_s"),
+            "two_pass_over_kept_cpu": common.ratio(rounds, "two_pass", "vanilla_kept"),
+        },
+        "rounds": rounds,
+        "environment": common.environment(settings),
     }
-    print(", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
-    if options.out:
-        record = {"ratios": ratios, "rounds": rounds, "environment": environment(options.threads)}
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.main(Settings, measure, __doc__)

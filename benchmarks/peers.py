@@ -21,9 +21,9 @@ Peers, each in an environment of its own that is made in the cache folder on fir
 
 Every peer runs in a process of its own, and so does Lehr; rounds are interleaved, one process working at a time. Times are CPU seconds of
 the process (other work on the machine does not count), after one round that warms up; start-up counts in `job` alone. A ratio is the median
-over rounds of Lehr's seconds over the peer's within a round: below 1, Lehr is faster. `default` is the peer as its command or class comes;
-`best` is the attention (sdpa, eager) and the batch bound, per arithmetic, that were fastest for the peer in a trial before the rounds. Lehr
-runs with its defaults throughout.
+over rounds of Lehr's seconds over the peer's within a round: below 1, Lehr is faster. `default` is the peer as its command or class comes,
+with Lehr's batches where it has none of its own; `best` is the attention (sdpa, eager) and the batch bound, per arithmetic, that were fastest
+for the peer in a trial before the rounds. Lehr runs with its own defaults throughout, those of the arithmetic.
 
 Before anything is timed, the script looks whether both sides compute the same: names and number of the sites, numbers per sample, and that
 the norms of the projected gradients agree as far as two independent projections do. From bergson it also takes the unprojected gradients
@@ -45,18 +45,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import common
 import scoring
+from common import say
 
 from selection_ops.batching import length_batches
-from selection_ops.model import default_attention
+from selection_ops.model import default_attention, default_batch_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = Path(__file__).resolve().parent / "peers"
@@ -65,16 +65,15 @@ PACKAGES = {"bergson": "bergson==2.5.1", "dattri": "dattri==0.3.0", "traker": "t
 UNWANTED = ("torchvision", "torchaudio")
 """Pulled in by a peer, built for another torch, and then transformers cannot be imported."""
 
-MODELS: dict[str, dict[str, Any]] = {
-    # 28.3M in 56 maps of the blocks, 6.3M in embedding and head.
-    "35m": scoring.CONFIGS["35m"] | {"vocab_size": 6_144, "tie_word_embeddings": False},
-    "135m": scoring.CONFIGS["135m"] | {"tie_word_embeddings": True},
-}
+MODELS = scoring.CONFIGS
+"""Of the 34.6M, 28.3M are in 56 maps of the blocks, 6.3M in embedding and head."""
 WORKER = {"bergson": "bergson", "dattri": "dattri", "traker": "trak", "dense": "dense", "lehr": "lehr"}
 SLOW = ("traker", "dense")
 MARK = "\x1e"
 """Begins an answer of a worker."""
-DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+DTYPES = scoring.DTYPES
+BOUNDS = {"35m": (256, 512, 1024, 2048), "135m": (256, 512, 1024)}
+"""Bounds of longest x count that are tried for a peer; at 135M, 2,048 tokens' logits of a large vocabulary take 5 GB."""
 
 Batches = list[list[int]]
 
@@ -99,8 +98,6 @@ class Settings:
     """Documents of 64-256 tokens in `job`."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site."""
-    batch_tokens: int = 1024
-    """Bound of longest x count of Lehr's batches, its default on CPU; peers without a default take the same batches."""
     threads: int = 1
     """Threads of one process."""
     job_model: Path = ROOT / ".cache" / "demo" / "smollm2-135m-instruct"
@@ -118,11 +115,6 @@ class Settings:
         if unknown:
             raise SystemExit(f"unknown peer {unknown[0]!r}; known: {', '.join(PACKAGES)}")
         return names
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 # -- environments ------------------------------------------------------------------------------------------------------
@@ -292,7 +284,6 @@ class Workload:
 def trials(work: Workload, peer: str, dtype: str) -> tuple[Way, dict[str, float]]:
     """The fastest attention and batch bound of a peer in one arithmetic, and every trial's seconds."""
     quick = work.settings.quick
-    bounds = (1024,) if quick else work.bounds
     count = 8 if quick else 16
     taken: dict[tuple[str, int], list[float]] = {}
     with closing() as workers:
@@ -302,7 +293,7 @@ def trials(work: Workload, peer: str, dtype: str) -> tuple[Way, dict[str, float]
             workers.append(by_attention[attention])
             by_attention[attention].round(work.batches(1024, count))
         for _ in range(1 if quick or len(work.samples) < 16 else 2):
-            for bound in bounds:
+            for bound in work.bounds:
                 for attention, worker in by_attention.items():
                     seconds = worker.round(work.batches(bound, count))["cpu_s"]
                     taken.setdefault((attention, bound), []).append(seconds)
@@ -361,13 +352,13 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
             model=model,
             samples=make_samples(count, MODELS[part]["vocab_size"]),
             file=file,
-            bounds=(512, 1024, 2048) if part == "35m" else (512, 1024),
+            bounds=(1024,) if settings.quick else BOUNDS[part],
         )
         file.write_text(json.dumps(work.samples))
         tokens = sum(len(sample) for sample in work.samples)
         say(f"{part}: {count} samples, {tokens} tokens")
         ways = [
-            Way(name=f"lehr_{short}", peer="lehr", dtype=short, attention=default_attention("cpu", long), batch_tokens=settings.batch_tokens)
+            Way(name=f"lehr_{short}", peer="lehr", dtype=short, attention=default_attention("cpu", long), batch_tokens=default_batch_tokens("cpu", long))
             for short, long in DTYPES.items()
         ]  # fmt: skip
         checks: dict[str, Any] = {}
@@ -377,7 +368,7 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
                 continue
             try:
                 checks[peer] = same_work(work, peer, folder)
-                bound = 2048 if peer == "bergson" else settings.batch_tokens
+                bound = 2048 if peer == "bergson" else default_batch_tokens("cpu", "float32")
                 default = Way(
                     name=f"{peer}_default", peer=peer, dtype="f32", attention="sdpa", batch_tokens=bound, tuned=False
                 )
@@ -403,8 +394,7 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
     ratios: dict[str, float] = {}
     for way in ways[2:]:
         ours = "lehr_bf16" if way.dtype == "bf16" else "lehr_f32"
-        quotients = [per_token(round_, ours) / per_token(round_, way.name) for round_ in rounds]
-        ratios[f"to_{way.name}_{part}"] = round(statistics.median(quotients), 4)
+        ratios[f"to_{way.name}_{part}"] = common.ratio(rounds, ours, way.name, "per_token_s")
     return {
         "ratios": ratios,
         "part": {
@@ -412,7 +402,7 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
             "tokens": tokens,
             "ways": {way.name: dataclasses.asdict(way) for way in ways},
             "batches": {way.name: len(work.batches(way.batch_tokens)) for way in ways},
-            "seconds_per_token": {name: statistics.median(per_token(round_, name) for round_ in rounds) for name in names},
+            "seconds_per_token": {name: statistics.median(round_[name]["per_token_s"] for round_ in rounds) for name in names},
             "peak_mb": {name: max(round_[name]["peak_mb"] for round_ in rounds) for name in names},
             "extrapolated": extrapolated,
             "trials": tried,
@@ -422,33 +412,27 @@ def gradients(part: str, settings: Settings, failed: dict[str, str]) -> dict[str
     }  # fmt: skip
 
 
-def per_token(round_: dict[str, dict[str, Any]], name: str) -> float:
-    """CPU seconds per token of one way in one round."""
-    return round_[name]["cpu_s"] / round_[name]["tokens"]
+def interleaved(work: Workload, ways: list[Way], workers: list[Worker]) -> common.Rounds:
+    """Every round runs every way once, in turn; extrapolated ones on four samples, and not after the second counted round."""
 
+    def asking(way: Way) -> Callable[[], common.Record]:
+        worker = work.worker(way.peer, way.dtype, way.attention, tuned=way.tuned)
+        workers.append(worker)
+        count = 4 if way.peer in SLOW else len(work.samples)
+        tokens = sum(len(sample) for sample in work.samples[:count])
+        answers: list[common.Record] = []
 
-def interleaved(work: Workload, ways: list[Way], workers: list[Worker]) -> list[dict[str, dict[str, Any]]]:
-    """Every round runs every way once, in turn; extrapolated ones on four samples, and only in the first two rounds."""
-    running = {}
-    for way in ways:
-        running[way.name] = work.worker(way.peer, way.dtype, way.attention, tuned=way.tuned)
-        workers.append(running[way.name])
-    rounds: list[dict[str, dict[str, Any]]] = []
-    for number in range((1 if work.settings.quick else work.settings.rounds) + 1):
-        taken: dict[str, dict[str, Any]] = {}
-        for way in ways:
-            slow = way.peer in SLOW
-            if slow and len(rounds) > 1:
-                taken[way.name] = rounds[-1][way.name]  # so long beside the others that its noise does not count
-                continue
-            count = 4 if slow else len(work.samples)
-            answer = running[way.name].round(work.batches(way.batch_tokens, count))
-            taken[way.name] = answer | {"tokens": sum(len(sample) for sample in work.samples[:count])}
-        line = ", ".join(f"{name} {answer['cpu_s']:.2f}" for name, answer in taken.items())
-        say(f"round {number}, CPU seconds{'' if number else ' (warms up)'}: {line}")
-        if number:
-            rounds.append(taken)
-    return rounds
+        def run() -> common.Record:
+            if way.peer not in SLOW or len(answers) < 3:  # so long beside the others that its noise does not count
+                answers.append(worker.round(work.batches(way.batch_tokens, count)) | {"tokens": tokens})
+                answers[-1]["per_token_s"] = answers[-1]["cpu_s"] / tokens
+            return answers[-1]
+
+        return run
+
+    return common.interleaved(
+        {way.name: asking(way) for way in ways}, 1 if work.settings.quick else work.settings.rounds
+    )
 
 
 # -- the whole job -----------------------------------------------------------------------------------------------------
@@ -521,7 +505,8 @@ def whole_job(settings: Settings, failed: dict[str, str]) -> dict[str, Any]:
         shutil.rmtree(index)
     return {
         "ratios": {
-            "whole_job_to_bergson_default": round(statistics.median(r["lehr"]["cpu_s"] / r["bergson"]["cpu_s"] for r in rounds), 4)
+            "whole_job_to_bergson_default": common.ratio(rounds, "lehr", "bergson"),
+            "whole_job_wall_to_bergson_default": common.ratio(rounds, "lehr", "bergson", "wall_s"),
         },
         "part": {"documents": count, "tokens": tokens, "model": settings.job_model.name, "written": features, "rounds": rounds},
     }  # fmt: skip
@@ -597,9 +582,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         found = whole_job(settings, failed) if part == "job" else gradients(part, settings, failed)
         ratios |= found["ratios"]
         parts[part] = found["part"]
-    machine = scoring.environment(scoring.Settings(rounds=settings.rounds, threads=settings.threads, device="cpu"))
-    machine["command"] = "benchmarks/peers.py " + " ".join(sys.argv[1:])
-    machine["settings"] = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in ("out", "cache", "job_model")}  # fmt: skip
+    machine = common.environment(settings)
     machine["peers"] = {"pinned": VERSIONS, "packages": {peer: PACKAGES[peer] or "own code" for peer in settings.names}}
     lines = verdicts(ratios, parts)
     print("\n".join(lines), flush=True)
@@ -613,17 +596,11 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure and write."""
-    settings = tyro.cli(Settings, description=__doc__)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peers' processes end too
-    result = json.dumps(measure(settings), indent=1)
-    if settings.out is None:
-        print(result)
-        return
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(result + "\n")
+def run(settings: Settings) -> dict[str, Any]:
+    """All parts, so that the peers' processes end with this one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return measure(settings)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(Settings, run, __doc__)

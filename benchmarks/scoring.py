@@ -1,47 +1,48 @@
 """What scoring costs, as a ratio to a plain forward + backward of the same model in the same process.
 
-    python benchmarks/scoring.py --model 35m --rounds 3 --threads 1 --out scoring.json
+    python benchmarks/scoring.py --model 35m --rounds 3 --threads 1 2 --out scoring.json
 
-Rounds are interleaved: every round runs each way once, in turn, so that what slows the machine slows all of them. Times are CPU
-seconds on CPU (other processes do not count), wall seconds on an accelerator. A ratio is the median over rounds of the quotients
-within a round. The ways:
+A ratio is the median over interleaved rounds of the quotients within a round: of CPU seconds on CPU (other processes do not count),
+of wall seconds on an accelerator. With several numbers of threads every round runs each way at each of them; the ratios of more than
+one carry `_threads2` behind the name. The ways, in float32 (`f32`) and bfloat16 (`bf16`), over the batches that Lehr forms by default
+in that arithmetic:
 
     plain    forward + backward of transformers' own token-mean loss, gradients of every parameter, over the same batches
     frozen   forward + backward that only reaches the inputs of the maps: what an engine without any projection would cost
     blocks   the gradient engine over the linear maps of the blocks, folded sketches included
-    all      the same over every parameter: embedding, head, norms and biases too
+    rank32   the same at another rank (float32 alone)
+    all      as blocks over every parameter: embedding, head, norms and biases too
 
 `peak_memory_to_plain` is the largest resident memory of a process that does one round of blocks, to that of one that does one of
-plain, float32 both. Random weights (35m, 135m) cost what trained ones cost. The texts are random ids of 64-256 tokens.
+plain, float32 both. `precision` compares the sketches of bfloat16 with those of float32, sample by sample, over weights that bfloat16
+holds exactly, as most published ones are. Random weights (35m, 135m) cost what trained ones cost. The texts are random ids of 64-256
+tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
+import functools
 import random
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
 
 from schemas.spec import DType
 from selection_ops.batching import Batch, collate, length_batches
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.losses import HeadRoute
-from selection_ops.model import default_attention, load_model
+from selection_ops.model import default_attention, default_batch_tokens, load_model
 from selection_ops.sites import find_sites
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+DTYPES: dict[str, DType] = {"f32": "float32", "bf16": "bfloat16"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Options of the benchmark."""
@@ -64,53 +68,70 @@ class Settings:
     """`35m` (untied), `135m` (tied; both random Llamas), or a model's folder or hub id."""
     rounds: int = 3
     """Interleaved rounds that are counted; one more before them warms up."""
-    threads: int = 1
-    """Threads of one process."""
+    threads: tuple[int, ...] = (1,)
+    """Threads of the process; several are measured in turn."""
     samples: int = 32
     """Samples of 64-256 tokens that a round runs through."""
-    batch_tokens: int = 1024
-    """Bound of longest x count of a batch."""
+    batch_tokens: int | None = None
+    """Bound of longest x count of a batch; without it Lehr's default in each arithmetic."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site."""
+    other_rank: int = 32
+    """Rank whose cost is set beside it."""
     k: int = 2048
     """Sketch dimension."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     memory: bool = True
     """Measure peak memory too, each way in a process of its own (CPU only)."""
+    precision: bool = True
+    """Compare the sketches of both arithmetics too."""
     out: Path | None = None
     """JSON file for the result; without it, it is printed."""
 
+    @property
+    def label(self) -> str:
+        """Name of the model in the names of ratios."""
+        return self.model if self.model in CONFIGS else Path(self.model).name
+
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way through all batches, of one model in one arithmetic."""
+class Side:
+    """One model in one arithmetic, its batches, and the ways through them."""
 
-    name: str
-    run: Callable[[], None]
+    batches: list[Batch]
+    engines: dict[str, GradientEngine]
+    ways: dict[str, Callable[[], None]]
 
 
 def build(settings: Settings, dtype: DType) -> Any:
-    """The model in the arithmetic asked for, with the attention that scoring would choose."""
+    """The model in the arithmetic asked for, its weights rounded to bfloat16, with the attention that scoring would choose."""
     attention = default_attention(settings.device, dtype)
     if settings.model not in CONFIGS:
-        return load_model(settings.model, dtype=dtype, attention=attention, device=settings.device).model
+        loaded = load_model(settings.model, dtype="bfloat16", attention=attention, device=settings.device)
+        return loaded.model.to(getattr(torch, dtype))
     config = LlamaConfig(**CONFIGS[settings.model], max_position_embeddings=2048)
     config._attn_implementation = attention
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(getattr(torch, dtype)).to(settings.device).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).to(getattr(torch, dtype)).to(settings.device).eval()
 
 
-def make_batches(settings: Settings, vocabulary: int) -> list[Batch]:
-    """Random samples of 64-256 tokens in length-sorted batches."""
+def make_samples(settings: Settings, vocabulary: int) -> list[Encoded]:
+    """Random samples."""
     rng = random.Random(0)
-    encoded = []
+    samples = []
     for _ in range(settings.samples):
         length = rng.randint(64, 256)
         ids = [rng.randrange(3, vocabulary) for _ in range(length)]
-        encoded.append(Encoded(ids=ids, loss_mask=[False] + [True] * (length - 1)))
-    groups = length_batches([len(item.ids) for item in encoded], settings.batch_tokens)
-    return [collate([encoded[index] for index in group], device=settings.device) for group in groups]
+        samples.append(Encoded(ids=ids, loss_mask=[False] + [True] * (length - 1)))
+    return samples
+
+
+def make_batches(settings: Settings, samples: list[Encoded], batch_tokens: int) -> list[Batch]:
+    """Length-sorted batches."""
+    groups = length_batches([len(item.ids) for item in samples], batch_tokens)
+    return [collate([samples[index] for index in group], device=settings.device) for group in groups]
 
 
 def plain(model: Any, batches: list[Batch]) -> None:
@@ -142,34 +163,26 @@ def score(engine: GradientEngine, batches: list[Batch]) -> None:
             engine.features(batch)
 
 
-def ways_of(settings: Settings, dtype: DType, label: str) -> tuple[list[Way], list[Batch]]:
-    """The four ways of one model."""
+def side_of(settings: Settings, dtype: DType) -> Side:
+    """A model and all ways through its batches."""
     model = build(settings, dtype)
-    batches = make_batches(settings, min(model.config.get_text_config().vocab_size, 6_144))
-    numbers: dict[str, Any] = {"proj_rank": settings.proj_rank, "k": settings.k, "seed": 0}
-    engine = GradientEngine(model, **numbers)
+    samples = make_samples(settings, min(model.config.get_text_config().vocab_size, 6_144))
+    batches = make_batches(settings, samples, settings.batch_tokens or default_batch_tokens(settings.device, dtype))
+    numbers: dict[str, Any] = {"k": settings.k, "seed": 0}
     report = find_sites(model, "all")
-    everything = GradientEngine(model, report.input_groups, report.small, **numbers)
+    engines = {
+        "blocks": GradientEngine(model, proj_rank=settings.proj_rank, **numbers),
+        "all": GradientEngine(model, report.input_groups, report.small, proj_rank=settings.proj_rank, **numbers),
+    }
+    if dtype == "float32":
+        engines[f"rank{settings.other_rank}"] = GradientEngine(model, proj_rank=settings.other_rank, **numbers)
     route = HeadRoute(model)
-    return [
-        Way(f"{label}_plain", lambda: plain(model, batches)),
-        Way(f"{label}_frozen", lambda: frozen(model, route, batches)),
-        Way(f"{label}_blocks", lambda: score(engine, batches)),
-        Way(f"{label}_all", lambda: score(everything, batches)),
-    ], batches
-
-
-def seconds(settings: Settings, run: Callable[[], None]) -> float:
-    """What one way took."""
-    if settings.device == "cpu":
-        started = time.process_time()
-        run()
-        return time.process_time() - started
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+    ways: dict[str, Callable[[], None]] = {
+        "plain": lambda: plain(model, batches),
+        "frozen": lambda: frozen(model, route, batches),
+        **{name: functools.partial(score, engine, batches) for name, engine in engines.items()},
+    }
+    return Side(batches, engines, ways)
 
 
 def peak_memory(settings: Settings, way: str) -> int:
@@ -177,8 +190,7 @@ def peak_memory(settings: Settings, way: str) -> int:
     given = {"model": settings.model, "samples": settings.samples, "batch_tokens": settings.batch_tokens}
     code = (
         "import re, sys; sys.path.insert(0, sys.argv[1]); import torch; import scoring; torch.set_num_threads(1); "
-        f"ways, _ = scoring.ways_of(scoring.Settings(**{given!r}, device='cpu'), 'float32', 'f32'); "
-        f"[way.run() for way in ways if way.name == 'f32_{way}']; "
+        f"scoring.side_of(scoring.Settings(**{given!r}, device='cpu'), 'float32').ways[{way!r}](); "
         # Not ru_maxrss, which knows of the process that this one was forked from.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
     )
@@ -186,85 +198,83 @@ def peak_memory(settings: Settings, way: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    """What a figure has to be read with."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+def precision(sides: dict[str, Side]) -> dict[str, dict[str, float]]:
+    """How far sketches in bfloat16 are from those in float32, relative to the row's norm, over the same batches."""
+    found = {}
+    for name in ("blocks", "all"):
+        rows = {}
+        for short, side in sides.items():
+            with side.engines[name] as engine:
+                # float32's batches on both sides: the order of the rows is the batches'.
+                rows[short] = torch.cat([engine.features(batch).sketch_BK for batch in sides["f32"].batches]).double()
+        exact_NK, narrow_NK = rows["f32"], rows["bf16"]
+        error_N = (narrow_NK - exact_NK).norm(dim=1) / exact_NK.norm(dim=1)
+        cosine_N = torch.nn.functional.cosine_similarity(narrow_NK, exact_NK, dim=1)
+        found[name] = {
+            "error_median": round(float(error_N.median()), 5),
+            "error_max": round(float(error_N.max()), 5),
+            "cosine_median": round(float(cosine_N.median()), 6),
+            "cosine_min": round(float(cosine_N.min()), 6),
+        }
+    return found
+
+
+def timed_at(settings: Settings, threads: int, run: Callable[[], None]) -> common.Record:
+    """What one way took with so many threads."""
+    torch.set_num_threads(threads)
+    return common.timed(run, settings.device)
+
+
+def ratios_of(settings: Settings, rounds: common.Rounds) -> dict[str, float]:
+    """Every ratio, per number of threads."""
+    clock = "cpu_s" if settings.device == "cpu" else "wall_s"
+    other = f"rank{settings.other_rank}"
+    pairs = {
+        "f32_blocks_to_plain": ("f32_blocks", "f32_plain"),
+        "f32_blocks_to_frozen": ("f32_blocks", "f32_frozen"),
+        "f32_all_to_frozen": ("f32_all", "f32_frozen"),
+        f"f32_{other}_to_rank{settings.proj_rank}": (f"f32_{other}", "f32_blocks"),
+        "bf16_all_to_bf16_frozen": ("bf16_all", "bf16_frozen"),
+        "bf16_blocks_to_f32_blocks": ("bf16_blocks", "f32_blocks"),
+        "bf16_blocks_to_f32_plain": ("bf16_blocks", "f32_plain"),
+        "bf16_blocks_to_bf16_plain": ("bf16_blocks", "bf16_plain"),
+        "bf16_blocks_to_bf16_frozen": ("bf16_blocks", "bf16_frozen"),
+    }
     return {
-        "command": f"benchmarks/scoring.py --model {settings.model} --rounds {settings.rounds} --threads {settings.threads}",
-        "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "out"},
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": cpu,
-        "cpu_bf16": {
-            "avx512": torch.cpu._is_avx512_bf16_supported(),
-            "amx": torch.cpu._is_amx_tile_supported(),
-        },
-        "device": torch.cuda.get_device_name(0) if settings.device.startswith("cuda") else "cpu",
-        "threads": settings.threads,
-        "attention": {dtype: default_attention(settings.device, dtype) for dtype in ("float32", "bfloat16")},
+        f"{name}_{settings.label}" + (f"_threads{threads}" if threads > 1 else ""): common.ratio(
+            rounds, f"{one}_{threads}", f"{two}_{threads}", clock
+        )
+        for threads in settings.threads
+        for name, (one, two) in pairs.items()
     }
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Ratios, and the seconds of every way in every round."""
-    torch.set_num_threads(settings.threads)
-    wide, batches = ways_of(settings, "float32", "f32")
-    narrow, _ = ways_of(settings, "bfloat16", "bf16")
-    tokens = sum(batch.tokens for batch in batches)
-    rounds: list[dict[str, float]] = []
-    for number in range(settings.rounds + 1):
-        taken = {way.name: seconds(settings, way.run) for way in [*wide, *narrow]}
-        print(f"round {number}: " + ", ".join(f"{name} {value:.2f} s" for name, value in taken.items()), flush=True)
-        if number:
-            rounds.append(taken)
-    label = settings.model if settings.model in CONFIGS else Path(settings.model).name
-
-    def ratio(one: str, other: str) -> float:
-        return round(statistics.median(taken[one] / taken[other] for taken in rounds), 4)
-
+    sides = {short: side_of(settings, dtype) for short, dtype in DTYPES.items()}
+    tokens = sum(batch.tokens for batch in sides["f32"].batches)
+    common.say(f"{settings.label}: {settings.samples} samples, {tokens} tokens")
+    ways = {
+        f"{short}_{name}_{threads}": functools.partial(timed_at, settings, threads, run)
+        for threads in settings.threads
+        for short, side in sides.items()
+        for name, run in side.ways.items()
+    }
+    rounds = common.interleaved(ways, settings.rounds)
+    ratios = ratios_of(settings, rounds)
     peaks = {}
     if settings.memory and settings.device == "cpu":
         peaks = {way: peak_memory(settings, way) for way in ("plain", "blocks", "all")}
-    memory = {f"peak_memory_to_plain_{label}": round(peaks["blocks"] / peaks["plain"], 4)} if peaks else {}
+        ratios[f"peak_memory_to_plain_{settings.label}"] = round(peaks["blocks"] / peaks["plain"], 4)
     return {
-        "ratios": {
-            f"f32_blocks_to_plain_{label}": ratio("f32_blocks", "f32_plain"),
-            f"f32_blocks_to_frozen_{label}": ratio("f32_blocks", "f32_frozen"),
-            f"f32_all_to_frozen_{label}": ratio("f32_all", "f32_frozen"),
-            **memory,
-            f"bf16_all_to_bf16_frozen_{label}": ratio("bf16_all", "bf16_frozen"),
-            f"bf16_blocks_to_f32_blocks_{label}": ratio("bf16_blocks", "f32_blocks"),
-            f"bf16_blocks_to_f32_plain_{label}": ratio("bf16_blocks", "f32_plain"),
-            f"bf16_blocks_to_bf16_plain_{label}": ratio("bf16_blocks", "bf16_plain"),
-            f"bf16_blocks_to_bf16_frozen_{label}": ratio("bf16_blocks", "bf16_frozen"),
-        },
+        "ratios": ratios,
+        "precision": precision(sides) if settings.precision else {},
         "peak_bytes": peaks,
         "tokens": tokens,
-        "seconds_per_token": {name: statistics.median(taken[name] for taken in rounds) / tokens for name in rounds[0]},
         "rounds": rounds,
-        "environment": environment(settings),
+        "environment": common.environment(settings, settings.device),
     }
 
 
-def main() -> None:
-    """Measure and write."""
-    settings = tyro.cli(Settings)
-    result = json.dumps(measure(settings), indent=1)
-    if settings.out is None:
-        print(result)
-        return
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(result + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    common.main(Settings, measure, __doc__)

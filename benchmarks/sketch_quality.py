@@ -18,20 +18,17 @@ rounds. Per sketch:
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
 
 from pipelines.check_rows import StoredRow, draw_rows, draw_target
 from pipelines.options import CheckOptions, ScoringOptions
@@ -151,26 +148,6 @@ def compare(
     return found
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    """What a figure has to be read with."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    return {
-        "command": " ".join(["benchmarks/sketch_quality.py", *sys.argv[1:]]),
-        "settings": {key: str(value) for key, value in dataclasses.asdict(settings).items() if key != "out"},
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": names[0] if names else platform.machine(),
-        "threads": settings.threads,
-    }
-
-
 def measure(settings: Settings) -> dict[str, Any]:
     """Medians over rounds for every rank and dimension, and every round's figures."""
     torch.set_num_threads(settings.threads)
@@ -209,19 +186,8 @@ def measure(settings: Settings) -> dict[str, Any]:
             ratios.append({"rank": rank, "k": k, **medians, "bytes": 2 * size + 4})
             rounds.append({"rank": rank, "k": k, **found})
             print(ratios[-1], flush=True)
-    return {"ratios": ratios, "rounds": rounds, "tokens": tokens, "environment": environment(settings)}
-
-
-def main() -> None:
-    """Measure and write."""
-    settings = tyro.cli(Settings)
-    result = json.dumps(measure(settings), indent=1)
-    if settings.out is None:
-        print(result)
-        return
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(result + "\n")
+    return {"ratios": ratios, "rounds": rounds, "tokens": tokens, "environment": common.environment(settings)}
 
 
 if __name__ == "__main__":
-    main()
+    common.main(Settings, measure, __doc__)
