@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from schemas.errors import InputError
-from schemas.spec import AppendEos, Attribute, CorpusColumns, DType, LossKind
+from schemas.spec import AppendEos, Attribute, BatchLayout, CorpusColumns, DType, LossKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,9 @@ class ScoringOptions:
     """Attention implementation (default: the fastest one for the hardware)."""
     batch_tokens: int | None = None
     """Longest x count of a batch, in tokens (default 4096 on an accelerator; on CPU 1024 in bfloat16, else 512)."""
+    layout: BatchLayout | None = None
+    """How the samples of a batch lie: `padded`, a row each, or `packed`, one behind another in one row, where the model keeps them
+    apart, which is tried first (default padded)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

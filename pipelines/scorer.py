@@ -20,6 +20,7 @@ from selection_ops.batching import collate, length_batches
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.engine import GradientEngine, SampleFeatures
 from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
+from selection_ops.packing import require_packing
 from selection_ops.sampling import sampled_labels
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,10 @@ class SampleScorer:
                     f"{self._location.model} has fingerprint {loaded.model_fingerprint}, "
                     f"but the scoring was declared with {self.spec.model}"
                 )
-            self._engine = GradientEngine.from_spec(loaded.model, self.spec)
+            engine = GradientEngine.from_spec(loaded.model, self.spec)
+            if self.spec.layout == "packed":
+                require_packing(engine)  # here too: another device may bring another attention
+            self._engine = engine
         return self._engine
 
     def sampled_labels(self, samples: Sequence[Sample], draws: int) -> list[list[list[int]]]:
@@ -129,7 +133,7 @@ class SampleScorer:
         rows: list[tuple[float, int, float, np.ndarray] | None] = [None] * len(samples)
         rejects: dict[int, Reject] = {}
         halvings = 0
-        queue = length_batches([len(item.ids) for item in encoded], self.spec.batch_tokens)
+        queue = length_batches([len(item.ids) for item in encoded], self.spec.batch_tokens, self.spec.layout)
         queue.reverse()
         with engine:
             while queue:
@@ -147,8 +151,13 @@ class SampleScorer:
                     reason = "out_of_memory" if _is_out_of_memory(error) else "model_error"
                     rejects[indices[0]] = _reject(samples[indices[0]], reason, f"{type(error).__name__}: {error}"[:500])
                     continue
-                for position, index in enumerate(indices):
-                    row = _row(result, position)
+                found = [_row(result, position) for position in range(len(indices))]
+                if self.spec.layout == "packed" and len(indices) > 1 and None in found:
+                    # Attention multiplies what it masks by zero, and zero times NaN is NaN: alone it shows who brought it.
+                    middle = len(indices) // 2
+                    queue += [indices[middle:], indices[:middle]]
+                    continue
+                for index, row in zip(indices, found):
                     if row is None:
                         detail = "its loss or gradient is NaN, infinite or zero"
                         rejects[index] = _reject(samples[index], "non_finite", detail)
@@ -176,11 +185,7 @@ class SampleScorer:
         self, engine: GradientEngine, batch: list[Encoded], labels: list[list[int]] | None = None
     ) -> SampleFeatures:
         try:
-            made = collate(batch, device=self._device)
-            if labels is not None:
-                padded = [row + row[:1] * (made.ids_BT.shape[1] - len(row)) for row in labels]
-                made = dataclasses.replace(made, labels_BT=torch.tensor(padded, device=self._device))
-            return engine.features(made)
+            return engine.features(collate(batch, device=self._device, labels=labels, layout=self.spec.layout))
         finally:
             if (
                 self._device.type == "cuda"

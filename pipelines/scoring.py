@@ -49,7 +49,9 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
 def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
     import torch
 
+    from selection_ops.engine import GradientEngine
     from selection_ops.model import choose_attention, default_batch_tokens, default_dtype, load_model
+    from selection_ops.packing import require_packing
     from selection_ops.sites import find_sites
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +62,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     report = find_sites(loaded.model, options.attribute or "blocks")
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}
-    numbers = {name: given[name] for name in ("attribute", "proj_rank", "k", "seed", "loss") if name in given}
+    numbers = {name: given[name] for name in ("attribute", "proj_rank", "k", "seed", "loss", "layout") if name in given}
     spec = FeatureSpec(
         model=loaded.model_fingerprint,
         tokenizer=loaded.tokenizer_fingerprint,
@@ -72,6 +74,8 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
         batch_tokens=batch_tokens,
         **numbers,
     )
+    if spec.layout == "packed":
+        require_packing(GradientEngine.from_spec(loaded.model, spec))
     return spec, {
         "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "parameters": report.parameters,

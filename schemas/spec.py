@@ -20,6 +20,7 @@ AppendEos = Literal["never", "completion", "always"]
 LossKind = Literal["sum", "mean"]
 Attribute = Literal["blocks", "all"]
 DType = Literal["float32", "bfloat16", "float64"]
+BatchLayout = Literal["padded", "packed"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -171,7 +172,9 @@ class FeatureSpec:
     attention: str = "eager"
     """Attention implementation of transformers."""
     batch_tokens: int = 4096
-    """Bound of longest x count of a batch, in tokens."""
+    """Bound of longest x count of a batch (packed: of its length), in tokens."""
+    layout: BatchLayout = "padded"
+    """How the samples of a batch lie: a row each, padded to the longest, or one behind another in one row."""
     precondition_candidate: str = "none"
     """Preconditioner folded into the candidates' projections."""
     precondition_target: str = "none"
@@ -185,6 +188,8 @@ class FeatureSpec:
         _require(self.attribute in known, f"unknown attribute {self.attribute!r}: {', '.join(known)}")
         _require(self.loss in get_args(LossKind), f"unknown loss {self.loss!r}: {', '.join(get_args(LossKind))}")
         _require(self.dtype in get_args(DType), f"unknown dtype {self.dtype!r}: {', '.join(get_args(DType))}")
+        layouts = get_args(BatchLayout)
+        _require(self.layout in layouts, f"unknown layout {self.layout!r}: {', '.join(layouts)}")
         _require(
             self.projection_version == PROJECTION_VERSION,
             f"sketches of projection version {self.projection_version} cannot be made or mixed by this Lehr (version {PROJECTION_VERSION})",

@@ -192,17 +192,19 @@ class GradientEngine:
     def features(self, batch: Batch) -> SampleFeatures:
         """Losses, sketches and gradient norms of a batch; only inside the context.
 
-        A sample whose numbers overflow has non-finite features, the others of the batch are as without it.
+        A sample whose numbers overflow has non-finite features, the others of the batch are as without it; not in a packed batch, where
+        attention multiplies what it masks by zero.
         """
         if self._open is None:
             raise RuntimeError("features() is only there inside `with engine:`")
         self._records = records = Records(
-            (batch.ids_BT.shape[0], batch.ids_BT.shape[1]),
+            (batch.samples, batch.ids_BT.shape[1]),
             matrices=len(self._sites),
             rank=self._rank,
             small={site.name: site.size for site in self.small_sites},
             dtype=self._wide,
             device=batch.ids_BT.device,
+            segments=batch.segments,
         )
         try:
             with torch.enable_grad():
@@ -213,7 +215,7 @@ class GradientEngine:
             self._records = None
         flat_BS = records.flat()
         loss_B = loss_B.detach().double()
-        loss_tokens_B = batch.loss_BT[:, 1:].sum(1)
+        loss_tokens_B = batch.sum_by_sample(batch.loss_BT[:, 1:])
         if self.loss == "mean":
             flat_BS = flat_BS / loss_tokens_B[:, None]
             loss_B = loss_B / loss_tokens_B
@@ -226,7 +228,7 @@ class GradientEngine:
         tape = self._head_tape
         if tape is None:
             return None
-        sample_T = torch.nonzero(batch.loss_BT[:, 1:])[:, 0]
+        sample_T = batch.sample_of_loss()
 
         def watch(part: slice, hidden_tI: torch.Tensor, softmax_tV: torch.Tensor, labels_t: torch.Tensor) -> None:
             tape.head(records, hidden_tI, softmax_tV, labels_t, sample_T[part])

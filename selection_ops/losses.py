@@ -149,8 +149,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sum_by_sample(losses_T: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    return losses_T.new_zeros(mask_BT.shape).masked_scatter(mask_BT, losses_T).sum(1)
+def _sum_by_sample(losses_T: torch.Tensor, mask_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return batch.sum_by_sample(losses_T.new_zeros(mask_BT.shape).masked_scatter(mask_BT, losses_T))
 
 
 class HeadRoute:
@@ -181,12 +181,12 @@ class HeadRoute:
         else:
             hidden_TI = self._hidden(batch)
             losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T, watch)
-        return _sum_by_sample(losses_T, mask_BT)
+        return _sum_by_sample(losses_T, mask_BT, batch)
 
     def weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of w_i l_i with gradients to every parameter, sums of token losses l_i [B] without any), as `sample_losses`."""
         mask_BT, labels_T = _labels(batch)
-        weight_T = weight_B[:, None].expand(mask_BT.shape)[mask_BT]
+        weight_T = weight_B[batch.sample_of_loss()]
         if self.head is None:
             losses_T = self._whole(batch)
             total = (losses_T * weight_T.to(losses_T)).sum()
@@ -194,7 +194,7 @@ class HeadRoute:
             hidden_TI, head = self._hidden(batch), self.head
             weight_T = weight_T.to(_wide(hidden_TI.dtype))
             total, losses_T = _WeightedHeadLoss.apply(hidden_TI, head.weight, head.bias, labels_T, weight_T)
-        return total, _sum_by_sample(losses_T.detach(), mask_BT)
+        return total, _sum_by_sample(losses_T.detach(), mask_BT, batch)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         # Positions that predict no loss token never reach the head.
@@ -207,6 +207,9 @@ class HeadRoute:
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
+    if batch.segments is not None:
+        # Positions that restart, and no mask: transformers' sign of packed samples, which do not attend to one another.
+        return {"input_ids": batch.ids_BT, "position_ids": batch.segments.position_T[None], "use_cache": False}
     return {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT.to(torch.int64), "use_cache": False}
 
 
@@ -244,5 +247,5 @@ def step_loss(
     route = model if isinstance(model, HeadRoute) else HeadRoute(model)
     weights_B = weights_B.to(batch.loss_BT.device, torch.float64)
     if normaliser is None:
-        normaliser = (weights_B * batch.loss_BT[:, 1:].sum(1)).sum()
+        normaliser = (weights_B * batch.sum_by_sample(batch.loss_BT[:, 1:])).sum()
     return route.weighted_loss(batch, weights_B / normaliser)[0]

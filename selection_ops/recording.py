@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
+from schemas.errors import InputError
+from selection_ops.batching import Segments
 from selection_ops.sites import Forward, Site
 from selection_ops.sites.layout import CallLayout
 
@@ -58,8 +60,10 @@ class Records:
         small: dict[str, int],
         dtype: torch.dtype,
         device: torch.device,
+        segments: Segments | None = None,
     ) -> None:
         samples, self.length = shape_BT
+        self._segments = segments
         self.dtype = dtype
         self.samples = slice(0, samples)
         """Samples that modules see now: all, or the one that an expanded module runs."""
@@ -72,6 +76,17 @@ class Records:
     def size(self) -> int:
         """Samples that modules see now."""
         return self.samples.stop - self.samples.start
+
+    def segments(self, samples: slice) -> Segments | None:
+        """Where samples lie in the one row that modules see; None where every sample has a row of its own."""
+        return self._segments if samples.stop - samples.start > 1 else None
+
+    def split(self, samples: slice, tensor: torch.Tensor, axis: int, *, zero: bool = False) -> torch.Tensor:
+        """A tensor of tokens, which lie along `axis`, as [B, t, .]; shorter samples of a packed row are filled (`Segments.split`)."""
+        segments = self.segments(samples)
+        if segments is None:
+            return tensor.reshape(samples.stop - samples.start, -1, tensor.shape[-1])
+        return segments.split(tensor, axis, zero=zero)
 
     @contextlib.contextmanager
     def only(self, sample: int) -> Iterator[None]:
@@ -128,10 +143,15 @@ class ModuleTape:
 
     def by_sample(self, tensor: torch.Tensor) -> torch.Tensor:
         """[B, t, .]; what is shared by all samples is repeated for each."""
-        size = self._records().size
-        if tensor.shape[0] == 1 and size > 1:
-            tensor = tensor.expand(size, *tensor.shape[1:])
-        return tensor.reshape(size, -1, tensor.shape[-1])
+        records = self._records()
+        if records.segments(records.samples) is None and tensor.shape[0] == 1 and records.size > 1:
+            tensor = tensor.expand(records.size, *tensor.shape[1:])
+        return records.split(records.samples, tensor, self._layout.axis)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Tape.rows`."""
+        records = self._records()
+        return self.by_sample(tensor) if records.segments(records.samples) is None else tensor
 
     def outer(self, name: str, output: torch.Tensor, inputs: torch.Tensor) -> None:
         """See `Tape.outer`."""
@@ -139,12 +159,12 @@ class ModuleTape:
         if site is None or not output.requires_grad:
             return
         records = self._records()
-        samples, right = records.samples, self._projected(records, site, inputs)
+        samples, right, axis = records.samples, self._projected(records, site, inputs), self._layout.axis
 
         def arrive(delta: torch.Tensor) -> None:
             left = delta @ site.out_signs_OR.to(delta.dtype)
-            size = samples.stop - samples.start
-            records.add(site, samples, left.reshape(size, -1, left.shape[-1]), right.reshape(size, -1, right.shape[-1]))
+            left_BtR = records.split(samples, left, axis, zero=True)
+            records.add(site, samples, left_BtR, records.split(samples, right, axis))
 
         _on_gradient(output, arrive)
 
@@ -162,11 +182,12 @@ class ModuleTape:
         if site is None:
             return
         records = self._records()
-        samples = records.samples
+        samples, axis = records.samples, self._layout.axis
 
         def arrive(delta: torch.Tensor) -> None:
             right_BTR = (delta @ site.in_signs_IR.to(delta.dtype)) * scale_BT[..., None].to(delta.dtype)
-            records.add(site, samples, site.out_signs_OR[row_BT], right_BTR)
+            left_BtR = records.split(samples, site.out_signs_OR[row_BT], axis)
+            records.add(site, samples, left_BtR, records.split(samples, right_BTR, axis, zero=True))
 
         _on_gradient(output, arrive)
 
@@ -177,7 +198,8 @@ class ModuleTape:
             return
         records = self._records()
         samples, right_nR = records.samples, inputs_nI.detach() @ site.in_signs_IR
-        sample_n = token_n // records.length
+        segments = records.segments(samples)
+        sample_n = token_n // records.length if segments is None else segments.sample_T[token_n]
 
         def arrive(delta_nO: torch.Tensor) -> None:
             left_nR = delta_nO @ site.out_signs_OR.to(delta_nO.dtype)
@@ -191,10 +213,10 @@ class ModuleTape:
         if site is None or not output.requires_grad:
             return
         records = self._records()
-        samples = records.samples
+        samples, axis = records.samples, self._layout.axis
 
         def arrive(delta: torch.Tensor) -> None:
-            wide_BtO = delta.reshape(samples.stop - samples.start, -1, delta.shape[-1]).to(records.dtype)
+            wide_BtO = records.split(samples, delta, axis, zero=True).to(records.dtype)
             records.small[site][samples] += gradient_Bn(wide_BtO)
 
         _on_gradient(output, arrive)
@@ -225,11 +247,14 @@ class ModuleTape:
         if records.size == 1:
             return self._one(module, call, args, kwargs, records.samples)
         leaves, form = _pytree.tree_flatten((args, kwargs))
+        segments = records.segments(records.samples)
+        if segments is not None and not self._layout.flat:
+            raise InputError(f"{type(module).__name__} runs sample by sample, on more than one row a token")
         results: list[list[Any]] = []
         result_form: Any = None
         for sample in range(records.samples.start, records.samples.stop):
             given = [
-                _rows(leaf, place, sample - records.samples.start, records.size)
+                _rows(leaf, place, sample - records.samples.start, records.size, segments)
                 for leaf, place in zip(leaves, self._layout.arguments)
             ]
             own_args, own_kwargs = _pytree.tree_unflatten(given, form)
@@ -265,10 +290,12 @@ class ModuleTape:
                 holder._parameters[attribute] = own
 
 
-def _rows(leaf: Any, place: str, sample: int, size: int) -> Any:
+def _rows(leaf: Any, place: str, sample: int, size: int, segments: Segments | None) -> Any:
     """One sample's rows of an argument."""
     if not isinstance(leaf, torch.Tensor) or place not in ("batch", "flat"):
         return leaf
+    if segments is not None:
+        return leaf[segments.rows(sample)]
     each = leaf.shape[0] // size
     if not each:  # one row that serves all samples
         return leaf

@@ -59,7 +59,8 @@ Forward = Callable[..., Any]
 class Tape(Protocol):
     """What a module's forward reports to. Names are those of `parameters`; of one that is not attributed nothing is kept.
 
-    Tensors of tokens may be [B, T, .], [B, ., T, .] or flat [B T, .], sample after sample.
+    Tensors of tokens may be [B, T, .], [B, ., T, .] or flat [B T, .], sample after sample. In a packed batch they are those of one
+    sample, [1, T, .], [1, ., T, .] or [T, .], and the tape knows where samples begin.
     """
 
     def wants(self, name: str) -> bool:
@@ -75,10 +76,14 @@ class Tape(Protocol):
         """As `outer` for some of the flat tokens [B T], in any order: row i is token `token_n[i]`."""
 
     def small(self, name: str, output: torch.Tensor, gradient_Bn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The gradient is `gradient_Bn(gradient of output)`; that comes as [B, t, .], the tokens of a sample in a row."""
+        """The gradient is `gradient_Bn(gradient of output)`; that comes as [B, t, .], the tokens of a sample in a row, and zero
+        where `by_sample` repeats one."""
 
     def by_sample(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of tokens as [B, t, .], the tokens of a sample in a row."""
+        """A tensor of tokens as [B, t, .], the tokens of a sample in a row, and where one has fewer of them, its first again."""
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of tokens in the form in which the batch lies; what all samples share is repeated for each."""
 
     def each_sample(self, module: nn.Module, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`call(*args, **kwargs)` sample by sample, each with parameters of its own, whose gradients are then the sample's."""

@@ -32,7 +32,7 @@ class Embedding(SiteType):
             ids_BT = first_argument(args, kwargs)
             if not tape.wants("weight"):
                 return output
-            ids_BT = tape.by_sample(ids_BT[..., None])[..., 0]
+            ids_BT = tape.rows(ids_BT[..., None])[..., 0]
             output = output.expand(*ids_BT.shape, -1).detach().requires_grad_()
             scale_BT = torch.full(ids_BT.shape, scale, dtype=output.dtype, device=output.device)
             if module.padding_idx is not None:  # autograd leaves that row out

@@ -24,6 +24,13 @@ class CallLayout:
 
     arguments: tuple[str, ...]
     result: tuple[str, ...]
+    axis: int = 1
+    """Axis of the tokens in the first tensor among the arguments; -1 where there is none."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether every tensor has one row a token."""
+        return {*self.arguments, *self.result} <= {"flat", ""}
 
 
 @dataclasses.dataclass
@@ -72,6 +79,7 @@ class Probe:
         return CallLayout(
             tuple(_layout(a, b) for a, b in zip(first.arguments, second.arguments)),
             tuple(_layout(a, b) for a, b in zip(first.result, second.result)),
+            next((_axis(leaf) for leaf in first.arguments if isinstance(leaf, torch.Tensor)), -1),
         )
 
     def refusal(self, path: str, *, shared_arguments: bool = False) -> str:
@@ -118,6 +126,14 @@ def _layout(first: Any, second: Any) -> str:
         if rows == SAMPLES * TOKENS and _equal(first[:TOKENS], second[:TOKENS]):
             return "flat"
     return "shared" if first.shape == second.shape and _equal(first, second) else "mixed"
+
+
+def _axis(leaf: torch.Tensor) -> int:
+    """Of [B T, .], [B, T], [B, T, .] and [B, ., T, .] the axis of the tokens; of as many heads as tokens the first one."""
+    if leaf.dim() and leaf.shape[0] == SAMPLES * TOKENS:
+        return 0
+    inner = leaf.shape[1 : max(leaf.dim() - 1, 2)]
+    return next((axis for axis, size in enumerate(inner, 1) if size == TOKENS), -1)
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipelines import runners
 from pipelines.check import check
@@ -26,10 +28,13 @@ from schemas.parquet import read_table
 from schemas.run import Run
 from schemas.spec import CorpusColumns, PlanSpec
 from schemas.units import read_plan
+from selection_ops.batching import Batch
 from selection_ops.encoding import Encoded
+from selection_ops.engine import GradientEngine, SampleFeatures
 from selection_ops.selectors import Budget, SelectorSettings
+from tests.families import FAMILIES
 from tests.pipelines.worlds import IN_PROCESS, World, make_world, sentence, tree_hashes
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -248,6 +253,70 @@ def test_batch_tokens_bounds_every_batch(world: World, monkeypatch: pytest.Monke
     assert largest_gap(table(world.run, "features", "base"), features) < SKETCH
 
 
+def test_layout_packed_gives_the_features_of_padded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[tuple[int, ...]] = []
+    original = SampleScorer._features
+
+    def watched(self: SampleScorer, engine: GradientEngine, batch: list[Encoded]) -> SampleFeatures:
+        run = engine.features
+
+        def features(made: Batch) -> SampleFeatures:
+            assert made.ids_BT.shape == (1, made.tokens)
+            tokens.append(tuple(len(item.ids) for item in batch))
+            return run(made)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "features", features)
+            return original(self, engine, batch)
+
+    monkeypatch.setattr(SampleScorer, "_features", watched)
+    padded, packed = table(world.run, "features", "base"), scored(world, "packed", layout="packed")
+    assert max(len(batch) for batch in tokens) > 2
+    assert all(sum(batch) <= 512 or len(batch) == 1 for batch in tokens)  # 512: batch_tokens of the world
+    assert largest_gap(padded, packed) < SKETCH
+    # Losses are sums of float32 token losses, and norms of gradients that agree to 1e-5.
+    assert np.allclose(numbers(packed, "loss"), numbers(padded, "loss"), rtol=1e-5)
+    assert np.allclose(numbers(packed, "sketch_norm"), numbers(padded, "sketch_norm"), rtol=1e-5)
+    assert packed["loss_tokens"].equals(padded["loss_tokens"])
+    with pytest.raises(InputError, match="declared with layout = 'packed', not 'padded'"):
+        scored(world, "packed", layout="padded")
+
+
+def test_layout_packed_is_refused_with_the_reason_before_anything_is_declared(world: World, tmp_path: Path) -> None:
+    FAMILIES["opt"](torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"OPTForCausalLM \(sdpa attention\).*layout packed.*samples before it.*layout padded"
+    ):
+        scored(world, "never", model=str(tmp_path), layout="packed")
+    assert not Path(world.run.path("stages/scoring/never.json")).exists()
+    assert scored(world, "opt", model=str(tmp_path)).num_rows > 0
+
+
+def test_layout_packed_a_sample_that_is_not_finite_costs_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Infinite in attention, where zero times infinity is NaN, and so for every sample of the row."""
+    token: list[int] = []
+    original = SampleScorer._loaded_engine
+
+    def poisoned(self: SampleScorer) -> GradientEngine:
+        engine = original(self)
+        texts = [row["preview"] for row in base.to_pylist()]
+        items = [self.encoder.encode(text, ()).ids for text in texts]
+        counts = Counter(token for ids in items for token in set(ids))
+        token[:] = [min(counts, key=lambda found: (counts[found], found))]
+        with torch.no_grad():
+            engine.model.get_input_embeddings().weight[token[0]] = float("nan")
+        return engine
+
+    base = table(world.run, "features", "base")
+    monkeypatch.setattr(SampleScorer, "_loaded_engine", poisoned)
+    padded, packed = scored(world, "sick", seed=5), scored(world, "sick-packed", seed=5, layout="packed")
+    reasons = [table(world.run, "rejects", name)["reason"].to_pylist() for name in ("sick", "sick-packed")]
+    assert reasons[0] == reasons[1]
+    assert 0 < reasons[0].count("non_finite") < base.num_rows
+    assert largest_gap(padded, packed) < SKETCH
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -258,6 +327,7 @@ def test_batch_tokens_bounds_every_batch(world: World, monkeypatch: pytest.Monke
         ({"batch_tokens": 0}, "batch_tokens must be positive"),
         ({"loss": "median"}, "unknown loss 'median': sum, mean"),
         ({"dtype": "int8"}, "int8"),
+        ({"layout": "stacked"}, "unknown layout 'stacked': padded, packed"),
         ({"append_eos": "maybe"}, "unknown append_eos 'maybe': never, completion, always"),
         ({"model": None}, "name the model with --model"),
     ],
@@ -468,7 +538,7 @@ def test_scoring_options_are_those_tested_here() -> None:
     """A new option needs a test here; `revision` is of hub ids and is tested with the loading of models."""
     tested = {
         "model", "revision", "attribute", "max_tokens", "min_tokens", "append_eos", "chat_template", "proj_rank", "k", "seed", "loss",
-        "dtype", "attention", "batch_tokens",
+        "dtype", "attention", "batch_tokens", "layout",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(ScoringOptions)} == tested
     assert {field.name for field in dataclasses.fields(TargetOptions)} == {

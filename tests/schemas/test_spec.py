@@ -35,6 +35,7 @@ ANY: dict[str, Any] = {
     "loss": {"loss": "max"},
     "dtype": {"dtype": "float16"},
     "attribute": {"attribute": "some"},
+    "layout": {"layout": "stacked"},
 }
 OTHER: dict[str, Any] = {
     "model": "n",
@@ -50,6 +51,7 @@ OTHER: dict[str, Any] = {
     "dtype": "bfloat16",
     "attention": "sdpa",
     "batch_tokens": 99,
+    "layout": "packed",
     "precondition_candidate": "adam",
     "precondition_target": "adam",
 }
