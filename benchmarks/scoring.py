@@ -10,7 +10,8 @@ in that arithmetic:
     plain    forward + backward of transformers' own token-mean loss, gradients of every parameter, over the same batches
     frozen   forward + backward that only reaches the inputs of the maps: what an engine without any projection would cost
     blocks   the gradient engine over the linear maps of the blocks, folded sketches included
-    rank32   the same at another rank (float32 alone)
+    packed   the same over batches whose samples stand one behind another in one row, without padding
+    rank32   blocks at another rank (float32 alone)
     all      as blocks over every parameter: embedding, head, norms and biases too
 
 `peak_memory_to_plain` is the largest resident memory of a process that does one round of blocks, to that of one that does one of
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 
-from schemas.spec import DType
+from schemas.spec import BatchLayout, DType
 from selection_ops.batching import Batch, collate, length_batches
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
@@ -128,10 +129,12 @@ def make_samples(settings: Settings, vocabulary: int) -> list[Encoded]:
     return samples
 
 
-def make_batches(settings: Settings, samples: list[Encoded], batch_tokens: int) -> list[Batch]:
+def make_batches(
+    settings: Settings, samples: list[Encoded], batch_tokens: int, layout: BatchLayout = "padded"
+) -> list[Batch]:
     """Length-sorted batches."""
-    groups = length_batches([len(item.ids) for item in samples], batch_tokens)
-    return [collate([samples[index] for index in group], device=settings.device) for group in groups]
+    groups = length_batches([len(item.ids) for item in samples], batch_tokens, layout)
+    return [collate([samples[index] for index in group], device=settings.device, layout=layout) for group in groups]
 
 
 def plain(model: Any, batches: list[Batch]) -> None:
@@ -167,7 +170,8 @@ def side_of(settings: Settings, dtype: DType) -> Side:
     """A model and all ways through its batches."""
     model = build(settings, dtype)
     samples = make_samples(settings, min(model.config.get_text_config().vocab_size, 6_144))
-    batches = make_batches(settings, samples, settings.batch_tokens or default_batch_tokens(settings.device, dtype))
+    bound = settings.batch_tokens or default_batch_tokens(settings.device, dtype)
+    batches, packed = make_batches(settings, samples, bound), make_batches(settings, samples, bound, "packed")
     numbers: dict[str, Any] = {"k": settings.k, "seed": 0}
     report = find_sites(model, "all")
     engines = {
@@ -181,6 +185,7 @@ def side_of(settings: Settings, dtype: DType) -> Side:
         "plain": lambda: plain(model, batches),
         "frozen": lambda: frozen(model, route, batches),
         **{name: functools.partial(score, engine, batches) for name, engine in engines.items()},
+        "packed": functools.partial(score, engines["blocks"], packed),
     }
     return Side(batches, engines, ways)
 
@@ -234,6 +239,8 @@ def ratios_of(settings: Settings, rounds: common.Rounds) -> dict[str, float]:
         "f32_blocks_to_frozen": ("f32_blocks", "f32_frozen"),
         "f32_all_to_frozen": ("f32_all", "f32_frozen"),
         f"f32_{other}_to_rank{settings.proj_rank}": (f"f32_{other}", "f32_blocks"),
+        "f32_packed_to_padded": ("f32_packed", "f32_blocks"),
+        "bf16_packed_to_padded": ("bf16_packed", "bf16_blocks"),
         "bf16_all_to_bf16_frozen": ("bf16_all", "bf16_frozen"),
         "bf16_blocks_to_f32_blocks": ("bf16_blocks", "f32_blocks"),
         "bf16_blocks_to_f32_plain": ("bf16_blocks", "f32_plain"),
