@@ -101,8 +101,8 @@ def length_batches(lengths: Sequence[int], batch_tokens: int, layout: BatchLayou
     batches: list[list[int]] = []
     longest = filled = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        size = filled + lengths[index] if layout == "packed" else longest * (len(batches[-1]) + 1) if batches else 0
-        if batches and size <= batch_tokens:
+        packed, padded = filled + lengths[index], longest * (len(batches[-1]) + 1) if batches else 0
+        if batches and (packed if layout == "packed" else padded) <= batch_tokens:
             batches[-1].append(index)
             filled += lengths[index]
         else:
@@ -120,8 +120,8 @@ def collate(
 ) -> Batch:
     """A batch of samples: right-padded to the longest, or one behind another. Padding carries no attention and no loss.
 
-    `labels` are the tokens that the loss is taken of, where they are not the samples' own. Padding repeats the sample's own first token: whatever the weights hold (a NaN in some token's embedding), nothing that is
-    not the sample's enters its row. Raises `InputError` for an empty list or a sample without tokens.
+    `labels` are the tokens that the loss is taken of, where they are not the samples' own. Padding repeats the sample's own first
+    token: whatever the weights hold (a NaN in some token's embedding), nothing that is not the sample's enters its row. Raises `InputError` for an empty list or a sample without tokens.
     """
     if not encoded or not all(item.ids for item in encoded):
         raise InputError("a batch needs at least one sample, and every sample at least one token")

@@ -25,6 +25,18 @@ def test_batches_are_bounded_complete_and_sorted(lengths: list[int], batch_token
         assert lengths[batch[0]] * (len(batch) + 1) > batch_tokens  # no batch stops before it is full
 
 
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_packed_batches_are_bounded_by_their_sum(lengths: list[int], batch_tokens: int) -> None:
+    batches = length_batches(lengths, batch_tokens, "packed")
+    order = [lengths[index] for batch in batches for index in batch]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert order == sorted(lengths, reverse=True)
+    sums = [sum(lengths[index] for index in batch) for batch in batches]
+    assert all(len(batch) == 1 or total <= batch_tokens for batch, total in zip(batches, sums))
+    for total, following in zip(sums, batches[1:]):
+        assert total + lengths[following[0]] > batch_tokens  # no batch stops before it is full
+
+
 def test_equal_lengths_keep_their_order() -> None:
     assert length_batches([5, 7, 5, 5], 10) == [[1], [0, 2], [3]]
     assert length_batches([], 10) == []
