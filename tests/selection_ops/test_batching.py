@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.errors import InputError
@@ -26,6 +26,7 @@ def test_batches_are_bounded_complete_and_sorted(lengths: list[int], batch_token
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+@example([3, 2, 2, 2, 1], 5)  # full to the last token
 def test_packed_batches_are_bounded_by_their_sum(lengths: list[int], batch_tokens: int) -> None:
     batches = length_batches(lengths, batch_tokens, "packed")
     order = [lengths[index] for batch in batches for index in batch]
