@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -114,3 +115,14 @@ def pairs(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     for name, value in rows:
         table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     return table
+
+
+def batch_tokens_row(scoring: str, summary: dict[str, Any]) -> list[tuple[str, object]]:
+    """What a search for the token budget found, from the summary of a scoring; no row where there was none."""
+    found = summary.get("batch_tokens")
+    if not found:
+        return []
+    tried = ", ".join(f"{tokens:,}" for tokens in found["tried"])
+    stopped = found["stopped"].replace("_", " ")
+    where = f"timings/scoring/{scoring}/batch_tokens.json"
+    return [("batch tokens", f"{found['found']:,} (tried {tried}; stopped by {stopped}; {where})")]

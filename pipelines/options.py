@@ -60,7 +60,8 @@ class ScoringOptions:
     attention: str | None = None
     """Attention implementation (default: the fastest one for the hardware)."""
     batch_tokens: int | None = None
-    """Longest x count of a batch, in tokens (default 4096 on an accelerator; on CPU 1024 in bfloat16, else 512)."""
+    """Longest x count of a batch, in tokens. 0 searches for the number: doubled until that is hardly faster, or memory ends (default: search
+    on an accelerator; on CPU 1024 in bfloat16, else 512)."""
     layout: BatchLayout | None = None
     """How the samples of a batch lie: `padded`, a row each, or `packed`, one behind another in one row, where the model keeps them
     apart, which is tried first (default padded)."""

@@ -16,7 +16,7 @@ from pipelines.scoring import ModelLocation
 from schemas.errors import InputError
 from schemas.sample import Reject, Sample
 from schemas.spec import FeatureSpec
-from selection_ops.batching import collate, length_batches
+from selection_ops.batching import collate, is_out_of_memory, length_batches
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.engine import GradientEngine, SampleFeatures
 from selection_ops.model import load_model, load_tokenizer, tokenizer_fingerprint
@@ -144,11 +144,11 @@ class SampleScorer:
                 except Exception as error:
                     if len(indices) > 1:
                         # Out of memory halves the batch; any other failure is narrowed down to the sample that causes it.
-                        halvings += _is_out_of_memory(error)
+                        halvings += is_out_of_memory(error)
                         middle = len(indices) // 2
                         queue += [indices[middle:], indices[:middle]]
                         continue
-                    reason = "out_of_memory" if _is_out_of_memory(error) else "model_error"
+                    reason = "out_of_memory" if is_out_of_memory(error) else "model_error"
                     rejects[indices[0]] = _reject(samples[indices[0]], reason, f"{type(error).__name__}: {error}"[:500])
                     continue
                 found = [_row(result, position) for position in range(len(indices))]
@@ -225,10 +225,6 @@ def _reject(sample: Sample, reason: str, detail: str) -> Reject:
         detail=detail,
         preview=sample.preview,
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def sample_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from pipelines.options import ScoringOptions
 from schemas.errors import InputError
-from schemas.fingerprint import plain
+from schemas.fingerprint import plain, pretty_json
 from schemas.manifest import Manifest, write_manifest
 from schemas.run import Run, check_name
 from schemas.spec import EncodingSpec, FeatureSpec
 from schemas.storage import exists, read_bytes, write_whole
+
+if TYPE_CHECKING:
+    from selection_ops.batch_budget import BudgetSearch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,17 +39,23 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
         return spec, _location(run, name, spec, options)
     if not options.model:
         raise InputError(f"scoring {name!r} does not exist yet in {run.url}: name the model with --model")
-    spec, report = _resolve(options.model, options)
+    spec, report, search = _resolve(options.model, options)
     location = ModelLocation(model=options.model, revision=options.revision)
     _remember(run, name, location)
-    write_manifest(
-        run.path(run.manifest_path("scoring", name)),
-        Manifest(stage="scoring", name=name, spec=plain(spec), inputs={}, summary=report),
-    )
+    manifest = Manifest(stage="scoring", name=name, spec=plain(spec), inputs={}, summary=report)
+    try:
+        # Processes that declare it at the same time may have found different budgets: the first one's stands.
+        write_manifest(run.path(run.manifest_path("scoring", name)), manifest, create_only=True)
+    except FileExistsError:
+        _refuse_changes(name, run.scoring(name), options)
+    else:
+        if search is not None:
+            # Speeds are the machine's, so they stand where nothing is compared.
+            write_whole(run.path(f"{run.timings_folder('scoring', name)}/batch_tokens.json"), pretty_json(search))
     return run.scoring(name), location
 
 
-def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any]]:
+def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any], BudgetSearch | None]:
     import torch
 
     from selection_ops.engine import GradientEngine
@@ -57,7 +66,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype or default_dtype(device)
     attention = options.attention or choose_attention(model, device, dtype, revision=options.revision)
-    batch_tokens = default_batch_tokens(device, dtype) if options.batch_tokens is None else options.batch_tokens
+    batch_tokens = options.batch_tokens or default_batch_tokens(device, dtype)
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
     report = find_sites(loaded.model, options.attribute or "blocks")
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
@@ -76,20 +85,50 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     )
     if spec.layout == "packed":
         require_packing(GradientEngine.from_spec(loaded.model, spec))
-    return spec, {
+    summary: dict[str, Any] = {
         "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "parameters": report.parameters,
         "attributed_parameters": report.attributed_parameters,
         "attributed_share": report.attributed_parameters / report.parameters,
         "not_attributed": dict(report.unattributed),
     }
+    if options.batch_tokens != 0 and (options.batch_tokens is not None or device == "cpu"):
+        return spec, summary, None
+    search = _search(loaded.model, spec, device)
+    tried = [found.batch_tokens for found in search.tries]
+    summary["batch_tokens"] = {"found": search.batch_tokens, "tried": tried, "stopped": search.stopped}
+    return dataclasses.replace(spec, batch_tokens=search.batch_tokens), summary, search
+
+
+def _search(model: Any, spec: FeatureSpec, device: str) -> BudgetSearch:
+    """The token budget found on `device`, under the arithmetic that a worker has there."""
+    import torch
+
+    from selection_ops.batch_budget import find_batch_tokens
+    from selection_ops.batching import is_out_of_memory
+    from selection_ops.engine import GradientEngine
+
+    threads = torch.get_num_threads()
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        return find_batch_tokens(GradientEngine.from_spec(model.to(device), spec), max_tokens=spec.encoding.max_tokens)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise InputError(f"the model does not fit into the memory of {device} ({error})") from error
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        model.to("cpu")  # the workers need what it took
+        if device != "cpu":
+            torch.cuda.empty_cache()
 
 
 def _refuse_changes(name: str, spec: FeatureSpec, options: ScoringOptions) -> None:
     fixed = {**plain(spec), **plain(spec.encoding)}
     for option, value in dataclasses.asdict(options).items():
-        if value is None or option in ("model", "revision"):
-            continue
+        if value is None or option in ("model", "revision") or (option == "batch_tokens" and value == 0):
+            continue  # 0 asks for a search, whose result stands
         if fixed[option] != value:
             raise InputError(
                 f"scoring {name!r} was declared with {option} = {fixed[option]!r}, not {value!r}; "

@@ -33,9 +33,10 @@ class Manifest:
         return fingerprint([self.stage, self.name, plain(self.spec), self.inputs, parts])
 
 
-def write_manifest(url: str, manifest: Manifest) -> None:
-    """Write the manifest whole, with its own fingerprint inside."""
-    write_whole(url, pretty_json({**plain(manifest), "fingerprint": manifest.fingerprint}))
+def write_manifest(url: str, manifest: Manifest, *, create_only: bool = False) -> None:
+    """Write the manifest whole, with its own fingerprint inside. With `create_only`, raises `FileExistsError` where one stands."""
+    data = pretty_json({**plain(manifest), "fingerprint": manifest.fingerprint})
+    write_whole(url, data, create_only=create_only)
 
 
 def read_manifest(url: str, way_out: str) -> Manifest:

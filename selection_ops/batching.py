@@ -147,3 +147,8 @@ def _laid(rows: Sequence[Sequence[int]], layout: BatchLayout, fill: int | None =
     longest = max(len(row) for row in rows)
     padded = [[*row, *[row[0] if fill is None else fill] * (longest - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.int64)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a forward or backward says that memory, of a device or of the process, ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -29,7 +29,7 @@ class Command:
 
     def run(self) -> int:
         """Score, print what came of it, return the exit status."""
-        from lehr.console import StageProgress, console, new_attempt, pairs
+        from lehr.console import StageProgress, batch_tokens_row, console, new_attempt, pairs
         from pipelines.score import parse_share, score
         from schemas.run import Run
 
@@ -55,6 +55,7 @@ class Command:
             ("parameters attributed", f"{share:.1%} (the rest by name: stages/scoring/{self.scoring}.json)"),
             ("rejected", _listed(report.rejects)),
         ]
+        rows += batch_tokens_row(self.scoring, report.coverage)
         rows += [(f"overlapping {target}", count) for target, count in report.overlapping.items()]
         console.print(pairs("", rows))
         if not report.complete:

@@ -324,7 +324,7 @@ def test_layout_packed_a_sample_that_is_not_finite_costs_itself(world: World, mo
         ({"min_tokens": 500}, r"min_tokens must lie in 2\.\.200"),
         ({"proj_rank": 0}, r"proj_rank must lie in 1\.\.512"),
         ({"k": -1}, "k must be 0"),
-        ({"batch_tokens": 0}, "batch_tokens must be positive"),
+        ({"batch_tokens": -1}, "batch_tokens must be positive"),
         ({"loss": "median"}, "unknown loss 'median': sum, mean"),
         ({"dtype": "int8"}, "int8"),
         ({"layout": "stacked"}, "unknown layout 'stacked': padded, packed"),
