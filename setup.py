@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.18", "accelerate>=1", "sentencepiece>=0.2"],
+        "peft": ["peft>=0.17"],
         "gcp": ["apache-beam[gcp]>=2.77,<3"],
         "dask": ["apache-beam[dask]>=2.77,<3"],
         "test": ["peft>=0.17", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "scipy>=1.13"],

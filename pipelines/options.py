@@ -33,7 +33,7 @@ class ScoringOptions:
     """What makes a scoring. Options left out take the value of the scoring that already exists, or the default."""
 
     model: str | None = None
-    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id."""
+    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id; the folder may be a PEFT adapter's."""
     revision: str | None = None
     """Revision of a hub id."""
     max_tokens: int | None = None
@@ -45,8 +45,9 @@ class ScoringOptions:
     chat_template: str | None = None
     """Jinja chat template for messages (default: the tokenizer's own)."""
     attribute: Attribute | None = None
-    """Parameters whose gradients are taken: `blocks` (the linear maps of the blocks, experts included) or `all` (also embedding, head,
-    norms, biases and small parameters; slower) (default blocks). `lehr model-report` shows what either covers."""
+    """Parameters whose gradients are taken: `blocks` (the linear maps of the blocks, experts included), `all` (also embedding, head,
+    norms, biases and small parameters; slower) or `adapters` (what a PEFT adapter folder adds to its base model) (default adapters for such a
+    folder, else blocks). `lehr model-report` shows what each covers."""
     proj_rank: int | None = None
     """Rank of the projection on each side of a linear map (default 16)."""
     k: int | None = None

@@ -68,14 +68,16 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     attention = options.attention or choose_attention(model, device, dtype, revision=options.revision)
     batch_tokens = options.batch_tokens or default_batch_tokens(device, dtype)
     loaded = load_model(model, revision=options.revision, dtype=dtype, attention=attention, device="cpu")
-    report = find_sites(loaded.model, options.attribute or "blocks")
+    attribute = options.attribute or ("adapters" if loaded.adapters else "blocks")
+    report = find_sites(loaded.model, attribute, adapters=loaded.adapters)
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}
-    numbers = {name: given[name] for name in ("attribute", "proj_rank", "k", "seed", "loss", "layout") if name in given}
+    numbers = {name: given[name] for name in ("proj_rank", "k", "seed", "loss", "layout") if name in given}
     spec = FeatureSpec(
         model=loaded.model_fingerprint,
         tokenizer=loaded.tokenizer_fingerprint,
         encoding=EncodingSpec(**encoding),
+        attribute=attribute,
         input_groups=report.input_groups,
         small_sites=report.small,
         dtype=dtype,

@@ -18,7 +18,7 @@ PROJECTION_VERSION = 1
 CorpusFormat = Literal["auto", "parquet", "jsonl", "webdataset"]
 AppendEos = Literal["never", "completion", "always"]
 LossKind = Literal["sum", "mean"]
-Attribute = Literal["blocks", "all"]
+Attribute = Literal["blocks", "all", "adapters"]
 DType = Literal["float32", "bfloat16", "float64"]
 BatchLayout = Literal["padded", "packed"]
 
@@ -152,7 +152,7 @@ class FeatureSpec:
     encoding: EncodingSpec
     """Encoding of samples."""
     attribute: Attribute = "blocks"
-    """What is attributed: the linear maps of the blocks, or everything that can be."""
+    """What is attributed: the linear maps of the blocks, everything that can be, or the adapters of a PEFT adapter folder."""
     input_groups: tuple[InputGroup, ...]
     """Matrices attributed, by input group, in model order."""
     small_sites: tuple[SmallSite, ...] = ()

@@ -30,8 +30,8 @@ LEAST_GROWTH = 0.03
 """A doubling that brings less throughput than this is not worth its memory."""
 MEMORY_SHARE = 0.8
 """Share of the memory that a batch may be expected to reach; the rest is for fragmentation and for samples that differ from those tried."""
-ROUNDS = 3
-"""Timed repetitions of a batch, of which the fastest counts: whatever else runs on a machine only ever slows one down."""
+ROUNDS = 4
+"""Repetitions of a batch, of which the fastest counts: the first also compiles kernels, and whatever else a machine does only slows one down."""
 
 Stopped = Literal["throughput", "memory", "out_of_memory", "limit"]
 
@@ -207,8 +207,7 @@ def _try(
 
 
 def _seconds(engine: Any, batch: Batch, clock: Callable[[], float], memory: Memory) -> float:
-    """Of the fastest of a few rounds, after one that is not timed: first calls choose and compile kernels."""
-    engine.features(batch)
+    """Of the fastest of a few rounds."""
     rounds = []
     for _ in range(ROUNDS):
         memory.finish()  # kernels still under way would be billed to this round

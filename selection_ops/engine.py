@@ -251,8 +251,8 @@ class GradientEngine:
 
 
 def _requiring_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-    """Backward ends at the embedding's output, unless that is a leaf already."""
-    return None if output.is_leaf and output.requires_grad else output.detach().requires_grad_()
+    """Backward ends at the embedding's output, unless a site inside of it (an adapter) or a leaf lets it require gradient already."""
+    return None if output.requires_grad else output.detach().requires_grad_()
 
 
 def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Loading a causal language model and its tokenizer, and their fingerprints.
 
 Code from a model's folder is never run and pickled weights are never read. Locations are a folder, a .gguf file, any fsspec
-URL of one, or a hub id `owner/name`.
+URL of one, or a hub id `owner/name`; what lies there may be a PEFT adapter, which is loaded into its base model.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +23,8 @@ from torch import nn
 from schemas.errors import InputError
 from schemas.fingerprint import hash128
 from schemas.spec import DType
-from schemas.storage import client_errors, filesystem
+from selection_ops.adapters import attach, read_adapter
+from selection_ops.locations import local_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ _TOKENIZER = (
     "spiece.model",
 )
 _TOKENIZER_BODY = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-_FETCHED = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
@@ -57,6 +54,8 @@ class LoadedModel:
     model_fingerprint: str
     tokenizer_fingerprint: str
     location: str
+    adapters: tuple[str, ...] = ()
+    """Names of the parameters that belong to the adapter, where the location is an adapter folder."""
 
 
 def default_dtype(device: str) -> DType:
@@ -84,6 +83,9 @@ def choose_attention(location: str, device: str, dtype: str, *, revision: str | 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     wanted = default_attention(device, dtype)
+    adapter = read_adapter(location, revision)
+    if adapter is not None:
+        location, revision = adapter.base, None
     folder = local_folder(location, revision)
     if wanted == "eager" or not (folder / "config.json").is_file():
         return wanted
@@ -137,80 +139,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def local_folder(location: str, revision: str | None = None) -> Path:
-    """Folder of a model on this machine; URLs and hub ids are fetched into a cache first.
-
-    Raises `InputError` where there is no such folder, URL or hub id.
-    """
-    path = Path(location).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{location} is a file; name the model's folder, or a .gguf file")
-        return path.parent
-    if "://" in location:
-        return _fetched(location)
-    if location.count("/") != 1 or location.startswith((".", "/", "~")):
-        raise InputError(f"{location}: no such folder or .gguf file, and no hub id of the form owner/name")
-    return _from_hub(location, revision)
-
-
-@lru_cache(maxsize=8)
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[f"*{end}" for end in _FETCHED]))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"{name}: no such folder here, and it could not be fetched from the hub ({type(error).__name__}: {reason})"
-        ) from error
-
-
-@lru_cache(maxsize=8)
-def _fetched(url: str) -> Path:
-    """Folder with a copy of the model at `url`; the copy is found again as long as the listing there is unchanged."""
-    fs, root = filesystem(url)
-    try:
-        with client_errors("list", url):
-            names = [name for name in sorted(fs.find(root)) if name.endswith(_FETCHED)]
-            state = [(name, str(fs.ukey(name))) for name in names]
-    except OSError as error:
-        raise InputError(f"{url}: the model's files cannot be listed ({error})") from error
-    if not names:
-        raise InputError(f"{url}: there is no model here (no {', '.join(_FETCHED[:3])} files)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lehr" / "models"
-    target = cache / hash128(url.encode(), repr(state).encode())
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix="part-", dir=cache))
-    except OSError as error:
-        raise InputError(f"{url}: cannot write the copy into {cache} ({error}); set XDG_CACHE_HOME") from error
-    try:
-        for name in names:
-            relative = Path(name).name if name == root else os.path.relpath(name, root)
-            local = (part / relative).resolve()
-            if not local.is_relative_to(part.resolve()):
-                raise InputError(f"{url}: the listing holds {name}, which lies outside of it")
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with client_errors("read", f"{url}: {relative}"):
-                fs.get_file(name, str(local))
-        try:
-            part.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same files
-                raise
-    except OSError as error:
-        raise InputError(f"{url}: the model could not be fetched ({type(error).__name__}: {error})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
-
-
 def _gguf(location: str, folder: Path) -> str | None:
     """Name of the .gguf file that holds the weights, if they are in one."""
     if Path(location).suffix == ".gguf" and (folder / Path(location).name).is_file():
@@ -238,7 +166,11 @@ def _digest(paths: list[Path]) -> str:
 
 
 def model_fingerprint(location: str, *, revision: str | None = None) -> str:
-    """Hash of the weight files and config.json (the generation settings do not change a score)."""
+    """Hash of the weight files and config.json (the generation settings do not change a score); of an adapter, with its base."""
+    adapter = read_adapter(location, revision)
+    if adapter is not None:
+        parts = (_digest([adapter.weights]), adapter.settings, model_fingerprint(adapter.base))
+        return hash128(b"adapter", *(part.encode() for part in parts))
     folder = local_folder(location, revision)
     gguf = _gguf(location, folder)
     if gguf:
@@ -253,8 +185,17 @@ def model_fingerprint(location: str, *, revision: str | None = None) -> str:
     return _digest([*weights, folder / "config.json"])
 
 
+def _tokenizer_place(location: str, revision: str | None) -> tuple[str, str | None]:
+    """Where the tokenizer lies: an adapter folder without one takes that of its base model."""
+    adapter = read_adapter(location, revision)
+    if adapter is None or any((adapter.folder / name).is_file() for name in _TOKENIZER_BODY):
+        return location, revision
+    return adapter.base, None
+
+
 def tokenizer_fingerprint(location: str, *, revision: str | None = None) -> str:
     """Hash of the tokenizer's files; of the .gguf file where it holds the tokenizer."""
+    location, revision = _tokenizer_place(location, revision)
     folder = local_folder(location, revision)
     if not any((folder / name).is_file() for name in _TOKENIZER_BODY):
         gguf = _gguf(location, folder)
@@ -269,6 +210,7 @@ def load_tokenizer(location: str, *, revision: str | None = None) -> Any:
     """The tokenizer alone. Raises `InputError` where there is none or it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    location, revision = _tokenizer_place(location, revision)
     folder = local_folder(location, revision)
     tokenizer_fingerprint(location, revision=revision)
     own_files = any((folder / name).is_file() for name in _TOKENIZER_BODY)
@@ -287,24 +229,44 @@ def load_model(
     Raises `InputError` for an unknown place, missing weights or tokenizer, a configuration that wants code of its own, a model
     that is not causal, weights that leave a parameter at its random initialisation.
     """
+    adapter = read_adapter(location, revision)
+    fingerprint = model_fingerprint(location, revision=revision)
+    place, folder = (
+        (location, local_folder(location, revision)) if adapter is None else (adapter.base, local_folder(adapter.base))
+    )
+    if not _gguf(place, folder):
+        _check_config(place, folder / "config.json")
+    tokenizer = load_tokenizer(location, revision=revision)
+    model = _load(place, folder, dtype, attention)
+    adapters: tuple[str, ...] = ()
+    if adapter is not None:
+        try:
+            model, adapters = attach(adapter, model)
+        except _LOAD_ERRORS as error:
+            raise _cannot_load(location, "the adapter", error) from error
+    model = model.eval().to(device)
+    _check_causal(location, model)
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, model_fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(location, revision=revision), location=location, adapters=adapters,
+    )  # fmt: skip
+
+
+def _load(location: str, folder: Path, dtype: DType, attention: str) -> Any:
+    """The model in a folder, with every parameter from its weights."""
     from transformers import AutoModelForCausalLM
 
-    folder = local_folder(location, revision)
-    fingerprint = model_fingerprint(location, revision=revision)
     gguf = _gguf(location, folder)
-    if not gguf:
-        _check_config(location, folder / "config.json")
-    tokenizer = load_tokenizer(location, revision=revision)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), trust_remote_code=False, dtype=getattr(torch, dtype), attn_implementation=attention,
             output_loading_info=True, **extra,
         )  # fmt: skip
-        info: dict[str, Any] = loaded[1]
-        model: Any = loaded[0].eval().to(device)
     except _LOAD_ERRORS as error:
         raise _cannot_load(location, "the model", error) from error
+    model: Any = loaded[0]
+    info: dict[str, Any] = loaded[1]
     absent = sorted(str(name) for name in [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())])
     if absent:
         raise InputError(
@@ -313,11 +275,7 @@ def load_model(
         )
     if info.get("unexpected_keys"):
         log.warning("%s: weights that the model does not use: %s", location, sorted(info["unexpected_keys"])[:5])
-    _check_causal(location, model)
-    return LoadedModel(
-        model=model, tokenizer=tokenizer, model_fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(location, revision=revision), location=location,
-    )  # fmt: skip
+    return model
 
 
 def _cannot_load(location: str, what: str, error: BaseException) -> InputError:

@@ -32,6 +32,8 @@ class ParameterReport:
     """Sites it holds: one, or one for every expert of a packed parameter."""
     blocks: bool
     """Whether it is attributed with `attribute` blocks."""
+    adapter: bool
+    """Whether it belongs to an adapter, and is attributed with `attribute` adapters."""
     reason: str
     """Why it cannot be attributed; empty where it can."""
     gradient_share: float
@@ -49,15 +51,26 @@ class ModelReport:
     samples: int
     tokens: int
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Values of `attribute` that this model can be scored with."""
+        return ("adapters", "blocks", "all") if any(p.adapter for p in self.parameters) else ("blocks", "all")
+
     def covered(self, attribute: str) -> tuple[float, float]:
         """(share of the numbers, share of the squared gradient norm) that a scoring of this kind attributes."""
-        kept = [p for p in self.parameters if p.site_type and (p.blocks or attribute == "all")]
+        of_kind = {p.name for p in self.parameters if (p.adapter if attribute == "adapters" else p.blocks)}
+        kept = [p for p in self.parameters if p.site_type and (attribute == "all" or p.name in of_kind)]
         total = sum(p.numbers for p in self.parameters)
         return sum(p.numbers for p in kept) / total, sum(p.gradient_share for p in kept)
 
 
-def report_model(model: Any, encoded: Sequence[Encoded], tick: Callable[[], None] = lambda: None) -> ModelReport:
-    """Sites of a model and the weight of each parameter on some samples; `tick` is called after each sample."""
+def report_model(
+    model: Any, encoded: Sequence[Encoded], tick: Callable[[], None] = lambda: None, *, adapters: Sequence[str] = ()
+) -> ModelReport:
+    """Sites of a model and the weight of each parameter on some samples; `tick` is called after each sample.
+
+    `adapters` names the parameters that are an adapter's.
+    """
     model = causal_model(model)
     found, blocks = search(model), find_sites(model)
     site_types: dict[str, str] = {}
@@ -76,6 +89,7 @@ def report_model(model: Any, encoded: Sequence[Encoded], tick: Callable[[], None
             site_type=site_types.get(name, ""),
             sites=counts.get(name, 0),
             blocks=name not in blocks.unattributed and name not in outside,
+            adapter=name in adapters,
             reason=found.reasons.get(name, ""),
             gradient_share=shares[name],
         )

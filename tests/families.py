@@ -43,14 +43,12 @@ def _built(config: Any, kind: Any, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def _lora(dtype: torch.dtype) -> Any:
+def _lora(dtype: torch.dtype, *modules: str) -> Any:
     """A Llama under LoRA adapters that are not at their start, where one side is zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    settings = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.1
-    )
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), init_lora_weights=False, lora_dropout=0.1)
     return (
         get_peft_model(_built(hf.LlamaConfig(**_BLOCK), hf.LlamaForCausalLM, torch.float32), settings).to(dtype).eval()
     )
@@ -95,7 +93,9 @@ FAMILIES: dict[str, Callable[[torch.dtype], Any]] = {
     "mamba2": lambda d: _built(
         hf.Mamba2Config(**_STATE, num_heads=4, head_dim=16, n_groups=1, chunk_size=8), hf.Mamba2ForCausalLM, d
     ),
-    "lora": _lora,
+    "lora": lambda d: _lora(d, "q_proj", "v_proj", "down_proj"),
+    "lora-ends": lambda d: _lora(d, "embed_tokens", "lm_head", "o_proj"),
+    "unfrozen-lora-ends": lambda d: _lora(d, "embed_tokens", "lm_head", "o_proj").requires_grad_(True),
 }
 
 

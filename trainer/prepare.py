@@ -15,6 +15,7 @@ from schemas.manifest import Manifest
 from schemas.run import Run, check_name
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
+from selection_ops.adapters import is_adapter
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.model import choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
@@ -76,6 +77,11 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             "export a selection made for a target, or train with --policy full or random"
         )
     revision = settings.revision or None
+    if is_adapter(settings.model, revision):
+        raise InputError(
+            f"{settings.model} is an adapter folder, and adapters cannot be trained here yet: name a whole model with --model, "
+            "or train the adapter elsewhere on the shards of the stream"
+        )
     found = tokenizer_fingerprint(settings.model, revision=revision)
     if found != index.tokenizer:
         raise InputError(

@@ -21,7 +21,7 @@ class TrainSettings:
     generation: int = 0
     """Generation of the stream; 0 takes the newest."""
     model: str = ""
-    """Folder, URL or hub id of the causal language model to start from."""
+    """Folder, URL or hub id of the causal language model to start from; a whole one, not an adapter."""
     revision: str = ""
     """Revision of a hub model."""
     name: str = ""

@@ -19,13 +19,13 @@ _TEXTS = (
 class Command:
     """List every parameter of a model with the site that attributes it, or the reason that none does.
 
-    A scoring attributes the linear maps of the blocks (`lehr score --attribute blocks`, the default) or everything that can be
-    (`--attribute all`). What either covers is counted twice: in parameters, and in squared gradient norm on a few texts, which is
+    A scoring attributes the linear maps of the blocks (`lehr score --attribute blocks`, the default), everything that can be
+    (`--attribute all`), or what an adapter folder adds (`--attribute adapters`, the default for one). What each covers is counted twice: in parameters, and in squared gradient norm on a few texts, which is
     what inner products of gradients are made of. Layers that differ in their number alone share a line.
     """
 
     model: tyro.conf.Positional[str]
-    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id."""
+    """Causal language model: a local folder, a .gguf file, an fsspec URL, or a hub id; the folder may be a PEFT adapter's."""
     revision: str | None = None
     """Revision of a hub id."""
     texts: str = ""
@@ -62,7 +62,7 @@ class Command:
         encoded = [Encoded(ids=e.ids[: self.max_tokens], loss_mask=e.loss_mask[: self.max_tokens]) for e in whole]
         with Progress(console=errors, transient=True) as progress:
             task = progress.add_task("gradients", total=len(encoded))
-            report = report_model(loaded.model, encoded, tick=lambda: progress.advance(task))
+            report = report_model(loaded.model, encoded, tick=lambda: progress.advance(task), adapters=loaded.adapters)
         lines: dict[tuple[str, ...], list[Any]] = {}
         for parameter in report.parameters:
             name = parameter.name if self.every else re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.name)
@@ -75,7 +75,8 @@ class Command:
         for (name, kind, reason), held in lines.items():
             share = sum(parameter.gradient_share for parameter in held)
             numbers = sum(parameter.numbers for parameter in held)
-            site = f"{kind}{' (blocks)' if held[0].blocks else ''}" if kind else f"none: {reason}"
+            marks = f"{' (blocks)' if held[0].blocks else ''}{' (adapter)' if held[0].adapter else ''}"
+            site = f"{kind}{marks}" if kind else f"none: {reason}"
             table.add_row(name, site, str(len(held)), f"{numbers:,}", f"{share:.2%}")
         console.print(table)
         shared = [group for group in report.input_groups if len(group) > 1]
@@ -83,7 +84,7 @@ class Command:
             f"{len(report.input_groups)} input groups; {len(shared)} of them serve several sites with one projection"
             + (f", as {', '.join(shared[0][:4])}" if shared else "")
         )
-        for attribute in ("blocks", "all"):
+        for attribute in report.kinds:
             numbers, share = report.covered(attribute)
             console.print(
                 f"--attribute {attribute}: {numbers:.1%} of the parameters, {share:.1%} of the squared gradient norm"
@@ -92,7 +93,7 @@ class Command:
             f"Gradient: share of the squared gradient norm, mean over {report.samples} texts, {report.tokens} tokens."
         )
         if self.out:
-            record = {**plain(report), "covered": {kind: report.covered(kind) for kind in ("blocks", "all")}}
+            record = {**plain(report), "covered": {kind: report.covered(kind) for kind in report.kinds}}
             write_whole(normalise(self.out), pretty_json(record))
         return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from schemas.errors import InputError
@@ -84,26 +85,42 @@ class SiteReport:
         return self.attributed_parameters / self.parameters
 
 
-def find_sites(model: Any, attribute: Attribute = "blocks") -> SiteReport:
-    """The sites of a model: the linear maps of its blocks, or everything that can be attributed.
+def find_sites(model: Any, attribute: Attribute = "blocks", *, adapters: Collection[str] | None = None) -> SiteReport:
+    """The sites of a model: the linear maps of its blocks, everything that can be attributed, or its adapters.
 
-    Raises `InputError` where the model has none. What is not attributed is listed with the reason and logged.
+    `adapters` names the parameters that are adapters'; left out, those that PEFT has left trainable, if it has wrapped the model.
+    Raises `InputError` where the model has no site of the kind. What is not attributed is listed with the reason and logged.
     """
     model = causal_model(model)
+    if attribute == "adapters":
+        if adapters is None and hasattr(model, "peft_config"):
+            adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not adapters:
+            raise InputError(
+                f"{type(model).__name__} has no adapters: attribute = 'adapters' needs a PEFT adapter folder; use 'blocks' or 'all'"
+            )
     found = search(model)
     everything = attribute == "all"
-    chosen = [site for site in (*found.matrices, *found.small) if everything or site.blocks]
+    of_adapters = frozenset(adapters or ()) if attribute == "adapters" else None
+    chosen = [
+        site
+        for site in (*found.matrices, *found.small)
+        if everything or (site.blocks if of_adapters is None else site.parameter in of_adapters)
+    ]
     names = {site.name for site in chosen}
     kept = [tuple(name for name in group.sites if name in names) for group in found.groups]
     groups = tuple(InputGroup(name=sites[0], sites=sites) for sites in kept if sites)
-    if not groups:
+    if not groups and (of_adapters is None or not chosen):
         known = ", ".join(known_types())
+        what = "adapter" if of_adapters else "linear map"
         raise InputError(
-            f"{type(model).__name__} has no linear map that Lehr can attribute (known: {known}); are its parameters frozen?"
+            f"{type(model).__name__} has no {what} that Lehr can attribute (known: {known}); are its parameters frozen?"
         )
     attributed = {site.parameter for site in chosen}
     reasons = dict(found.reasons)
-    if not everything:
+    if of_adapters is not None:
+        reasons |= {name: "not of the adapters" for name in found.sizes if name not in of_adapters}
+    elif not everything:
         outside = outside_blocks(model)
         for site in (*found.matrices, *found.small):
             if site.parameter not in attributed:

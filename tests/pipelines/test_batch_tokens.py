@@ -15,6 +15,7 @@ from pipelines import scoring
 from pipelines.scoring import scoring_spec
 from schemas.errors import InputError
 from schemas.manifest import Manifest, read_manifest, write_manifest
+from selection_ops import batch_budget
 from selection_ops.batch_budget import BudgetSearch, BudgetTry
 from tests.pipelines.worlds import SCORING, World, make_world, tree_hashes
 
@@ -72,6 +73,19 @@ def test_an_accelerator_is_searched_by_default_and_a_cpu_when_asked(
     assert spec.batch_tokens == wanted
     assert asked_for == ([] if wanted != 2048 else ["cuda" if accelerator else "cpu"])
     assert ("batch_tokens" in world.run.manifest("scoring", "base").summary) == (wanted == 2048)
+
+
+def test_the_search_packs_as_the_scoring_will(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts: list[str] = []
+
+    def search(engine: Any, *, max_tokens: int, layout: str) -> BudgetSearch:
+        layouts.append(layout)
+        return FOUND
+
+    monkeypatch.setattr(batch_budget, "find_batch_tokens", search)
+    options = dataclasses.replace(SCORING, model=str(world.model), batch_tokens=0, layout="packed")
+    assert scoring_spec(world.run, "base", options)[0].batch_tokens == 2048
+    assert layouts == ["packed"]
 
 
 def test_of_two_processes_that_declare_at_once_the_first_ones_budget_stands(

@@ -120,7 +120,7 @@ def test_a_disturbed_round_does_not_count() -> None:
 
     def disturbed(batch: Batch) -> None:
         plain(batch)
-        engine.now += 50.0 if len(engine.batches) % (ROUNDS + 1) == 0 else 0.0  # the last round of each
+        engine.now += 50.0 if len(engine.batches) % ROUNDS == 0 else 0.0  # the last round of each
 
     engine.features = disturbed  # type: ignore[method-assign]
     assert search(engine) == search(FakeEngine(launch_bound))
@@ -168,6 +168,13 @@ def test_batches_are_long_and_short_samples_within_the_budget() -> None:
         assert batch.loss_BT[:, 1:].all()
         assert not batch.loss_BT[:, 0].any()
         assert len(batch.ids_BT.unique()) > 20  # of 50
+
+
+def test_packed_batches_are_timed_where_samples_will_be_packed() -> None:
+    engine = FakeEngine(launch_bound)
+    find_batch_tokens(engine, max_tokens=256, layout="packed", clock=lambda: engine.now, memory=engine)
+    assert {batch.ids_BT.shape[0] for batch in engine.batches} == {1}
+    assert {batch.samples for batch in engine.batches} >= {2, 8, 4, 16}
 
 
 def test_no_sample_is_longer_than_the_model_has_positions() -> None:
