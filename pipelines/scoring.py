@@ -111,15 +111,18 @@ def _search(model: Any, spec: FeatureSpec, device: str) -> BudgetSearch:
     from selection_ops.engine import GradientEngine
 
     threads = torch.get_num_threads()
+    engine: GradientEngine | None = None
     try:
         if device == "cpu":
             torch.set_num_threads(1)
-        return find_batch_tokens(GradientEngine.from_spec(model.to(device), spec), max_tokens=spec.encoding.max_tokens)
+        engine = GradientEngine.from_spec(model.to(device), spec)
+        return find_batch_tokens(engine, max_tokens=spec.encoding.max_tokens, layout=spec.layout)
     except Exception as error:
         if is_out_of_memory(error):
             raise InputError(f"the model does not fit into the memory of {device} ({error})") from error
         raise
     finally:
+        engine = None
         torch.set_num_threads(threads)
         model.to("cpu")  # the workers need what it took
         if device != "cpu":
