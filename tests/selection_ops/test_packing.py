@@ -30,6 +30,9 @@ REFUSED = {
     "mamba2": {"blocks": ASIDE, "all": "Mamba2Mixer runs sample by sample"},
 }
 
+EXPANDED = {"lora-ends", "unfrozen-lora-ends"}
+"""With every parameter: their embedding's adapter has no site type of its own, so its module runs sample by sample."""
+
 
 def samples(lengths: tuple[int, ...] = LENGTHS) -> list[Encoded]:
     """Every last token carries loss, so that a loss at the border of two samples would show."""
@@ -72,7 +75,7 @@ def phi_with_normalised_queries(dtype: torch.dtype, heads: int = 4) -> Any:
     )
 
 
-@pytest.mark.parametrize("family", [*sorted(FAMILIES.keys() - REFUSED.keys()), "phi-normalised"])
+@pytest.mark.parametrize("family", [*sorted(FAMILIES.keys() - REFUSED.keys() - EXPANDED), "phi-normalised"])
 def test_invariant_1_packed_is_padded_is_alone(family: str) -> None:
     """Every parameter of every family that keeps samples apart, in float64. 1e-10: the same products of some ten terms of 1e-16 in
     another order, amplified by two blocks (invariant 3)."""
@@ -121,6 +124,12 @@ def test_what_mixes_samples_is_refused_with_the_reason(family: str, attribute: s
     assert REFUSED[family][attribute] in packing_refusal(engine)
     with pytest.raises(InputError, match=rf"{type(engine.model).__name__} \(.* attention\).*layout packed"):
         require_packing(engine)
+
+
+@pytest.mark.parametrize("family", sorted(EXPANDED))
+def test_an_adapted_embedding_is_packed_where_it_is_not_attributed(family: str) -> None:
+    assert "Embedding runs sample by sample" in packing_refusal(engine_of(FAMILIES[family](torch.float32)))
+    require_packing(engine_of(FAMILIES[family](torch.float32), "blocks"))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "neox", "gemma2"])
