@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from selection_ops.encoding import Encoded
 from selection_ops.online.options import PolicyOptions

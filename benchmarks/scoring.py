@@ -31,12 +31,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.spec import BatchLayout, DType
 from selection_ops.batching import Batch, collate, length_batches

@@ -24,11 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
+import torch
 
 from pipelines.check_rows import StoredRow, draw_rows, draw_target
 from pipelines.options import CheckOptions, ScoringOptions
