@@ -26,6 +26,11 @@ TABLE_VIEWS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "curvature": ("curvature", ("target", "scoring"), "geometry of every scored sample against a target"),
     "target_samples": ("target_samples", ("target", "scoring"), "the target set and the held-out set"),
     "spectrum": ("spectrum", ("target", "scoring"), "eigenvalues and vectors of a target's curvature"),
+    "preconditioners": (
+        "preconditioner",
+        ("scoring",),
+        "rank-one fits of an optimizer's preconditioner, folded into projections",
+    ),
     "selections": ("selection", ("selection",), "every candidate a selector considered, and what decided"),
     "steps": ("steps", ("training",), "every optimizer step of every training"),
     "decisions": ("decisions", ("training",), "every sample offered to a training, and what was done with it"),
@@ -84,6 +89,11 @@ def _scored(run: Run, view: str) -> Iterator[Source]:
         yield _source(run, view, "score", scoring, f"{view}/{scoring}", {"scoring": scoring})
 
 
+def _preconditioned(run: Run, view: str) -> Iterator[Source]:
+    for scoring in run.folders(view):
+        yield _source(run, view, "scoring", scoring, f"{view}/{scoring}", {"scoring": scoring})
+
+
 def _targeted(run: Run, view: str) -> Iterator[Source]:
     stage, root = ("curvature", "curvature") if view == "curvature" else ("target", "targets")
     known = {tuple(name.split(".", 1)) for name in _names(run, stage) if "." in name}
@@ -115,6 +125,8 @@ def sources(run: Run, view: str) -> list[Source]:
         found = _plan(run, view)
     elif view in ("features", "rejects"):
         found = _scored(run, view)
+    elif view == "preconditioners":
+        found = _preconditioned(run, view)
     elif view in ("curvature", "target_samples", "spectrum"):
         found = _targeted(run, view)
     elif view == "selections":

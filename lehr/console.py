@@ -107,6 +107,31 @@ class StageProgress:
             self.tick()
 
 
+def coverage(summary: Mapping[str, Any], scoring: str) -> list[tuple[str, object]]:
+    """Rows for `pairs`: what a scoring attributes, in batches of which size if one was searched, through which preconditioner."""
+    share = summary["attributed_share"]
+    rows: list[tuple[str, object]] = [
+        ("parameters attributed", f"{share:.1%} (the rest by name: stages/scoring/{scoring}.json)")
+    ]
+    searched = summary.get("batch_tokens")
+    if searched:
+        tried = ", ".join(f"{tokens:,}" for tokens in searched["tried"])
+        stopped = searched["stopped"].replace("_", " ")
+        where = f"timings/scoring/{scoring}/batch_tokens.json"
+        rows.append(("batch tokens", f"{searched['found']:,} (tried {tried}; stopped by {stopped}; {where})"))
+    held = summary.get("preconditioner")
+    if held:
+        text = f"{held['form']} {held['optimizer']} after {held['steps']:,} steps, metric {held['metric']}"
+        fit = held.get("correlation")
+        if fit:
+            text += (
+                f"; correlation of the fit with the exact one {fit['mean']:.2f} in the mean, "
+                f"{fit['lowest']:.2f} at {fit['lowest_site']}"
+            )
+        rows.append(("preconditioner", text))
+    return rows
+
+
 def pairs(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     """A two-column table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
@@ -116,13 +141,3 @@ def pairs(title: str, rows: Iterable[tuple[str, object]]) -> Table:
         table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     return table
 
-
-def batch_tokens_row(scoring: str, summary: dict[str, Any]) -> list[tuple[str, object]]:
-    """What a search for the token budget found, from the summary of a scoring; no row where there was none."""
-    found = summary.get("batch_tokens")
-    if not found:
-        return []
-    tried = ", ".join(f"{tokens:,}" for tokens in found["tried"])
-    stopped = found["stopped"].replace("_", " ")
-    where = f"timings/scoring/{scoring}/batch_tokens.json"
-    return [("batch tokens", f"{found['found']:,} (tried {tried}; stopped by {stopped}; {where})")]

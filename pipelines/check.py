@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 
 from pipelines.check_rows import StoredRow, draw_rows, draw_target
 from pipelines.options import CheckOptions, ScoringOptions
+from pipelines.preconditioning import Side, load_preconditioner
 from pipelines.scorer import SampleScorer, Scored, load_encoder
 from pipelines.scoring import ModelLocation, scoring_spec
-from schemas.errors import InputError
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest
 from schemas.run import Run
@@ -29,6 +29,7 @@ from selection_ops.dense import DensePlan, dense_gradients, plan_dense
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.model import choose_attention, load_model
+from selection_ops.preconditioning import Preconditioner
 from selection_ops.quality import Products, choose_pairs, overlap, pair_errors, rms, spearman, top
 from selection_ops.sketch_theory import float16_variance, fold_variance, projection_variance
 
@@ -98,10 +99,6 @@ def check(
     for stage in ("scoring", "score"):
         run.manifest(stage, scoring)  # says what to run where it is missing
     spec, location = scoring_spec(run, scoring, ScoringOptions(model=model, revision=revision))
-    if (spec.precondition_candidate, spec.precondition_target) != ("none", "none"):
-        raise InputError(
-            f"scoring {scoring!r} is preconditioned, and exact gradients are compared without: check another scoring"
-        )
     encoder = load_encoder(spec, location)
     target, target_rows = draw_target(run, scoring, spec, options)
     rows = draw_rows(run, scoring, spec, encoder, options)
@@ -128,14 +125,15 @@ def check(
         largest_pass=plan.largest_pass,
     )
     on_start(cost)
-    scored = _recompute(spec, location, stored, tick)
+    scored = _recompute(run, scoring, location, rows, target_rows, tick)
     torch.set_num_threads(threads)
+    sides = _Sides(run, scoring, spec, location, exact_model, len(rows))
     failures, integrity = _integrity(spec, rows, target_rows, scored)
-    sketches = [_sketch(exact_model, dataclasses.replace(spec, k=k), encoded, tick) for k in (0, spec.k)]
+    sketches = [_sketch(exact_model, dataclasses.replace(spec, k=k), sides, encoded, tick) for k in (0, spec.k)]
     pairs_P2 = torch.cat(
         [choose_pairs(len(stored), THEORY_PAIRS, options.seed), _diagonal(min(len(rows), THEORY_NORMS))]
     )
-    exact_NN, projection_P = _exact(exact_model, spec, encoded, plan, pairs_P2, tick)
+    exact_NN, projection_P = _exact(exact_model, spec, sides, encoded, plan, pairs_P2, tick)
     stored_NK = _full(stored)
     recomputed_NK = _recomputed(scored, stored)
     errors = _errors(
@@ -165,10 +163,50 @@ def check(
     return CheckReport(intact=integrity["intact"], faithful=faithful, failures=tuple(failures), record=record)
 
 
+class _Sides:
+    """What the gradients of rows and of target samples, which stand behind them, are multiplied by."""
+
+    def __init__(
+        self, run: Run, scoring: str, spec: FeatureSpec, location: ModelLocation, model: Any, rows: int
+    ) -> None:
+        self._factors = run.path(run.preconditioner_path(scoring))
+        self._rows = rows
+        self.candidate, self.target = (
+            load_preconditioner(model, spec, side, factors=self._factors, optimizer_state=location.optimizer_state)
+            for side in ("candidate", "target")
+        )
+
+    def spans(self, count: int) -> Iterator[tuple[slice, Preconditioner | None]]:
+        """Which of `count` rows and target samples are of which side."""
+        yield slice(0, self._rows), self.candidate
+        yield slice(self._rows, count), self.target
+
+
 def _recompute(
-    spec: FeatureSpec, location: ModelLocation, stored: Sequence[StoredRow], tick: Callable[[int], None]
+    run: Run,
+    scoring: str,
+    location: ModelLocation,
+    rows: Sequence[StoredRow],
+    target_rows: Sequence[StoredRow],
+    tick: Callable[[int], None],
 ) -> Scored:
-    return SampleScorer(spec, location).score([row.sample for row in stored], tick)
+    """Both sides under the scoring's own spec, one behind the other."""
+    sides: tuple[tuple[Side, Sequence[StoredRow]], ...] = (("candidate", rows), ("target", target_rows))
+    found = [
+        SampleScorer(run, scoring, location, side).score([row.sample for row in some], tick)
+        for side, some in sides
+        if some
+    ]
+    arrays = {
+        name: np.concatenate([getattr(scored, name) for scored in found])
+        for name in ("tokens_N", "loss_tokens_N", "loss_N", "grad_norm_N", "norm_N", "unit_NK")
+    }
+    return Scored(
+        samples=tuple(sample for scored in found for sample in scored.samples),
+        rejects=tuple(reject for scored in found for reject in scored.rejects),
+        batch_halvings=sum(scored.batch_halvings for scored in found),
+        **arrays,
+    )
 
 
 def _integrity(
@@ -206,21 +244,24 @@ def _integrity(
     return failures, found
 
 
-def _sketch(model: Any, spec: FeatureSpec, encoded: Sequence[Encoded], tick: Callable[[int], None]) -> torch.Tensor:
+def _sketch(
+    model: Any, spec: FeatureSpec, sides: _Sides, encoded: Sequence[Encoded], tick: Callable[[int], None]
+) -> torch.Tensor:
     """Sketches in the model's arithmetic, float64 [N, K]; one sample at a time."""
-    engine = GradientEngine.from_spec(model, spec)
     device = next(model.parameters()).device
     rows = []
-    with engine:
-        for item in encoded:
-            rows.append(engine.features(collate([item], device=device)).sketch_BK[0].double().cpu())
-            tick(len(item.ids))
+    for span, preconditioner in sides.spans(len(encoded)):
+        with GradientEngine.from_spec(model, spec, preconditioner) as engine:
+            for item in encoded[span]:
+                rows.append(engine.features(collate([item], device=device)).sketch_BK[0].double().cpu())
+                tick(len(item.ids))
     return torch.stack(rows)
 
 
 def _exact(
     model: Any,
     spec: FeatureSpec,
+    sides: _Sides,
     encoded: Sequence[Encoded],
     plan: DensePlan,
     pairs_P2: torch.Tensor,
@@ -230,8 +271,12 @@ def _exact(
     count = len(encoded)
     gram_NN = torch.zeros(count, count, dtype=torch.float64)
     variance_P = torch.zeros(len(pairs_P2), dtype=torch.float64)
-    for number, (_, gradients) in enumerate(dense_gradients(model, encoded, plan, loss=spec.loss, tick=tick)):
-        for gradient in gradients.values():
+    found = dense_gradients(model, encoded, plan, loss=spec.loss, tick=tick)
+    for number, (group, gradients) in enumerate(found):
+        for name, gradient in gradients.items():
+            for span, preconditioner in sides.spans(count):
+                if preconditioner is not None:
+                    gradient[span] *= preconditioner.dense(name, group.name).to(gradient.device, gradient.dtype)
             flat = gradient.reshape(count, -1)
             gram_NN += (flat @ flat.T).double().cpu()
         matrices = {name: gradient for name, gradient in gradients.items() if gradient.dim() == 3}

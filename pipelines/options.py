@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from schemas.errors import InputError
-from schemas.spec import AppendEos, Attribute, BatchLayout, CorpusColumns, DType, LossKind
+from schemas.spec import AppendEos, Attribute, BatchLayout, CorpusColumns, DType, LossKind, PreconditionForm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,16 @@ class ScoringOptions:
     """Loss of a sample: sum over its loss tokens, or their mean (default sum)."""
     dtype: DType | None = None
     """Arithmetic (default: bfloat16 where the hardware multiplies it fast, else float32)."""
+    optimizer_state: str | None = None
+    """Optimizer state of the checkpoint, for metrics that see gradients as the optimizer's next step would use them: a checkpoint folder
+    of Lehr or transformers, an optimizer.pt, or safetensors by `<parameter>:exp_avg_sq`. AdamW and Adafactor."""
+    metric: Literal["sgd", "natural", "target", "update", "opus"] | None = None
+    """What gradients are compared in: `sgd` (as they are), or multiplied by powers of the optimizer's preconditioner P, candidates and
+    target: `natural` P^1/2 both, `target` P the target only, `update` P both, `opus` P the candidates only (default: natural with an
+    optimizer state, else sgd)."""
+    precondition: PreconditionForm | None = None
+    """`rank-one` folds the best separable fit of P into the projections, at no cost; `exact` multiplies every gradient elementwise, at
+    about a third of the time more (default rank-one)."""
     attention: str | None = None
     """Attention implementation (default: the fastest one for the hardware)."""
     batch_tokens: int | None = None

@@ -59,7 +59,7 @@ class UnitScorer:
         self.settings = settings
         self.run = Run.open(settings.run_url)
         self.spec = self.run.scoring(settings.scoring)
-        self._scorer = SampleScorer(self.spec, settings.location)
+        self._scorer = SampleScorer(self.run, settings.scoring, settings.location, "candidate")
         self._views: dict[str, CurvatureView] = {}
         self._failed: LehrError | None = None
         self._listed = _listed_hashes(self.run, settings)

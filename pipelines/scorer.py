@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.preconditioning import Side, load_preconditioner
 from pipelines.scoring import ModelLocation
 from schemas.errors import InputError
+from schemas.run import Run
 from schemas.sample import Reject, Sample
 from schemas.spec import FeatureSpec
 from selection_ops.batching import collate, is_out_of_memory, length_batches
@@ -66,10 +68,12 @@ def claim_device(name: str) -> torch.device:
 
 
 class SampleScorer:
-    """Scores samples under one feature spec. The model is loaded at the first use and kept."""
+    """Scores samples of a corpus, or of a target, under one scoring. The model is loaded at the first use and kept."""
 
-    def __init__(self, spec: FeatureSpec, location: ModelLocation) -> None:
-        self.spec = spec
+    def __init__(self, run: Run, scoring: str, location: ModelLocation, side: Side) -> None:
+        self.spec = run.scoring(scoring)
+        self._factors = run.path(run.preconditioner_path(scoring))
+        self._side = side
         self._location = location
         self._encoder: Encoder | None = None
         self._engine: GradientEngine | None = None
@@ -100,7 +104,14 @@ class SampleScorer:
                     f"{self._location.model} has fingerprint {loaded.model_fingerprint}, "
                     f"but the scoring was declared with {self.spec.model}"
                 )
-            engine = GradientEngine.from_spec(loaded.model, self.spec)
+            preconditioner = load_preconditioner(
+                loaded.model,
+                self.spec,
+                self._side,
+                factors=self._factors,
+                optimizer_state=self._location.optimizer_state,
+            )
+            engine = GradientEngine.from_spec(loaded.model, self.spec, preconditioner)
             if self.spec.layout == "packed":
                 require_packing(engine)  # here too: another device may bring another attention
             self._engine = engine

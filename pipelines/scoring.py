@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import orjson
+import pyarrow as pa
 
 from pipelines.options import ScoringOptions
 from schemas.errors import InputError
@@ -25,6 +26,8 @@ class ModelLocation:
 
     model: str
     revision: str | None = None
+    optimizer_state: str | None = None
+    """Where the optimizer state of an exact preconditioner lies."""
 
 
 def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureSpec, ModelLocation]:
@@ -39,10 +42,13 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
         return spec, _location(run, name, spec, options)
     if not options.model:
         raise InputError(f"scoring {name!r} does not exist yet in {run.url}: name the model with --model")
-    spec, report, search = _resolve(options.model, options)
-    location = ModelLocation(model=options.model, revision=options.revision)
+    spec, factors, report, search = _resolve(options.model, options)
+    location = ModelLocation(model=options.model, revision=options.revision, optimizer_state=options.optimizer_state)
     _remember(run, name, location)
-    manifest = Manifest(stage="scoring", name=name, spec=plain(spec), inputs={}, summary=report)
+    from pipelines.preconditioning import write_preconditioner
+
+    parts = () if factors is None else (write_preconditioner(run, name, spec, factors),)
+    manifest = Manifest(stage="scoring", name=name, spec=plain(spec), inputs={}, parts=parts, summary=report)
     try:
         # Processes that declare it at the same time may have found different budgets: the first one's stands.
         write_manifest(run.path(run.manifest_path("scoring", name)), manifest, create_only=True)
@@ -55,9 +61,10 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
     return run.scoring(name), location
 
 
-def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str, Any], BudgetSearch | None]:
+def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, pa.Table | None, dict[str, Any], BudgetSearch | None]:
     import torch
 
+    from pipelines.preconditioning import declare_preconditioner
     from selection_ops.engine import GradientEngine
     from selection_ops.model import choose_attention, default_batch_tokens, default_dtype, load_model
     from selection_ops.packing import require_packing
@@ -72,6 +79,7 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
     report = find_sites(loaded.model, attribute, adapters=loaded.adapters)
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     encoding = {f.name: given[f.name] for f in dataclasses.fields(EncodingSpec) if f.name in given}
+    declared = declare_preconditioner(loaded.model, options, report)
     numbers = {name: given[name] for name in ("proj_rank", "k", "seed", "loss", "layout") if name in given}
     spec = FeatureSpec(
         model=loaded.model_fingerprint,
@@ -84,22 +92,29 @@ def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, dict[str
         attention=attention,
         batch_tokens=batch_tokens,
         **numbers,
+        **declared.fields,
     )
     if spec.layout == "packed":
-        require_packing(GradientEngine.from_spec(loaded.model, spec))
+        require_packing(GradientEngine.from_spec(loaded.model, _plain(spec)))
     summary: dict[str, Any] = {
         "weight_bytes": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "parameters": report.parameters,
         "attributed_parameters": report.attributed_parameters,
         "attributed_share": report.attributed_parameters / report.parameters,
         "not_attributed": dict(report.unattributed),
+        **({"preconditioner": declared.summary} if declared.summary else {}),
     }
     if options.batch_tokens != 0 and (options.batch_tokens is not None or device == "cpu"):
-        return spec, summary, None
+        return spec, declared.table, summary, None
     search = _search(loaded.model, spec, device)
     tried = [found.batch_tokens for found in search.tries]
     summary["batch_tokens"] = {"found": search.batch_tokens, "tried": tried, "stopped": search.stopped}
-    return dataclasses.replace(spec, batch_tokens=search.batch_tokens), summary, search
+    return dataclasses.replace(spec, batch_tokens=search.batch_tokens), declared.table, summary, search
+
+
+def _plain(spec: FeatureSpec) -> FeatureSpec:
+    """The spec without its preconditioner, which is not there yet and changes neither what can be packed nor how fast it is."""
+    return dataclasses.replace(spec, precondition_candidate="none", precondition_target="none", preconditioner=None)
 
 
 def _search(model: Any, spec: FeatureSpec, device: str) -> BudgetSearch:
@@ -115,7 +130,7 @@ def _search(model: Any, spec: FeatureSpec, device: str) -> BudgetSearch:
     try:
         if device == "cpu":
             torch.set_num_threads(1)
-        engine = GradientEngine.from_spec(model.to(device), spec)
+        engine = GradientEngine.from_spec(model.to(device), _plain(spec))
         return find_batch_tokens(engine, max_tokens=spec.encoding.max_tokens, layout=spec.layout)
     except Exception as error:
         if is_out_of_memory(error):
@@ -130,9 +145,17 @@ def _search(model: Any, spec: FeatureSpec, device: str) -> BudgetSearch:
 
 
 def _refuse_changes(name: str, spec: FeatureSpec, options: ScoringOptions) -> None:
-    fixed = {**plain(spec), **plain(spec.encoding)}
+    from pipelines.preconditioning import metric_of
+
+    held = spec.preconditioner
+    fixed = {
+        **plain(spec),
+        **plain(spec.encoding),
+        "metric": metric_of(spec),
+        "precondition": held.form if held else "none",
+    }
     for option, value in dataclasses.asdict(options).items():
-        if value is None or option in ("model", "revision") or (option == "batch_tokens" and value == 0):
+        if value is None or option in ("model", "revision", "optimizer_state") or (option == "batch_tokens" and value == 0):
             continue  # 0 asks for a search, whose result stands
         if fixed[option] != value:
             raise InputError(
@@ -150,6 +173,18 @@ def _remember(run: Run, name: str, location: ModelLocation) -> None:
 
 
 def _location(run: Run, name: str, spec: FeatureSpec, options: ScoringOptions) -> ModelLocation:
+    try:
+        known = ModelLocation(**orjson.loads(read_bytes(_location_url(run, name))))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        if not options.model:
+            raise InputError(
+                f"where the model of scoring {name!r} lies is not known here: name it with --model"
+            ) from error
+        known = ModelLocation(model=options.model)
+    if options.optimizer_state:
+        if spec.preconditioner is None:
+            raise InputError(f"scoring {name!r} was declared without --optimizer-state; a scoring never changes")
+        known = dataclasses.replace(known, optimizer_state=options.optimizer_state)
     if options.model:
         from selection_ops.model import model_fingerprint
 
@@ -159,10 +194,7 @@ def _location(run: Run, name: str, spec: FeatureSpec, options: ScoringOptions) -
                 f"scoring {name!r} was declared with a model of fingerprint {spec.model}; {options.model} has {found}. "
                 "Features of two models cannot be mixed: use another --scoring"
             )
-        location = ModelLocation(model=options.model, revision=options.revision)
-        _remember(run, name, location)
-        return location
-    try:
-        return ModelLocation(**orjson.loads(read_bytes(_location_url(run, name))))
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise InputError(f"where the model of scoring {name!r} lies is not known here: name it with --model") from error
+        known = dataclasses.replace(known, model=options.model, revision=options.revision)
+    if options.model or options.optimizer_state:
+        _remember(run, name, known)
+    return known

@@ -77,7 +77,7 @@ class _ChunkScorer:
         self._settings = settings
         self._run = Run.open(settings.run_url)
         self._spec = self._run.scoring(settings.scoring)
-        self._scorer = SampleScorer(self._spec, settings.location)
+        self._scorer = SampleScorer(self._run, settings.scoring, settings.location, "target")
         name = f"{settings.target}.{settings.scoring}"
         self._heart = HeartbeatWriter(self._run, "target", name, attempt=settings.attempt)
 

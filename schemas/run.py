@@ -101,6 +101,9 @@ class Run:
     def target_folder(self, target: str, scoring: str) -> str:
         return f"targets/{check_name('target', target)}/{check_name('scoring', scoring)}"
 
+    def preconditioner_path(self, scoring: str) -> str:
+        return f"preconditioners/{check_name('scoring', scoring)}/factors.parquet"
+
     def features_path(self, scoring: str, unit: str) -> str:
         return f"features/{check_name('scoring', scoring)}/part-{unit}.parquet"
 

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from schemas.errors import InputError
-from schemas.fingerprint import fingerprint
+from schemas.fingerprint import fingerprint, plain
 
 LAYOUT_VERSION = 1
 PROJECTION_VERSION = 1
@@ -19,6 +19,8 @@ CorpusFormat = Literal["auto", "parquet", "jsonl", "webdataset"]
 AppendEos = Literal["never", "completion", "always"]
 LossKind = Literal["sum", "mean"]
 Attribute = Literal["blocks", "all", "adapters"]
+Power = Literal["none", "P^1/2", "P"]
+PreconditionForm = Literal["rank-one", "exact"]
 DType = Literal["float32", "bfloat16", "float64"]
 BatchLayout = Literal["padded", "packed"]
 
@@ -142,6 +144,21 @@ class SmallSite:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PreconditionerSpec:
+    """Where the preconditioner P of a scoring comes from."""
+
+    optimizer: str
+    """Optimizer whose second moments it is made of: adamw or adafactor."""
+    state: str
+    """Fingerprint of the optimizer's state."""
+    form: PreconditionForm = "rank-one"
+    """Its rank-one fit, folded into the projections, or P elementwise."""
+
+    def __post_init__(self) -> None:
+        _require(self.form in get_args(PreconditionForm), f"unknown form {self.form!r} of a preconditioner")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
     """What a feature is a function of, besides the sample: one spec is one scoring."""
 
@@ -175,10 +192,12 @@ class FeatureSpec:
     """Bound of longest x count of a batch (packed: of its length), in tokens."""
     layout: BatchLayout = "padded"
     """How the samples of a batch lie: a row each, padded to the longest, or one behind another in one row."""
-    precondition_candidate: str = "none"
-    """Preconditioner folded into the candidates' projections."""
-    precondition_target: str = "none"
-    """Preconditioner folded into the target's projections."""
+    precondition_candidate: Power = "none"
+    """Power of the preconditioner that candidates' gradients are multiplied by."""
+    precondition_target: Power = "none"
+    """Power of the preconditioner that the target's gradients are multiplied by."""
+    preconditioner: PreconditionerSpec | None = None
+    """The preconditioner; none where neither side has one."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.proj_rank <= 512, f"proj_rank must lie in 1..512, not {self.proj_rank}")
@@ -190,6 +209,12 @@ class FeatureSpec:
         _require(self.dtype in get_args(DType), f"unknown dtype {self.dtype!r}: {', '.join(get_args(DType))}")
         layouts = get_args(BatchLayout)
         _require(self.layout in layouts, f"unknown layout {self.layout!r}: {', '.join(layouts)}")
+        sides = {self.precondition_candidate, self.precondition_target}
+        _require(sides <= set(get_args(Power)), f"unknown power of a preconditioner among {sorted(sides)}")
+        _require(
+            (sides != {"none"}) == (self.preconditioner is not None),
+            "a preconditioner is given where, and only where, candidates or target are multiplied by it",
+        )
         _require(
             self.projection_version == PROJECTION_VERSION,
             f"sketches of projection version {self.projection_version} cannot be made or mixed by this Lehr (version {PROJECTION_VERSION})",
@@ -200,6 +225,12 @@ class FeatureSpec:
         """Numbers per stored sketch."""
         matrices = sum(len(group.sites) for group in self.input_groups)
         return self.k or matrices * self.proj_rank**2 + sum(site.size for site in self.small_sites)
+
+    @property
+    def preconditioner_fingerprint(self) -> str:
+        """Fingerprint of what the factors of a fitted preconditioner are a function of."""
+        powers = [self.precondition_candidate, self.precondition_target]
+        return fingerprint([plain(self.preconditioner), powers, plain(self.input_groups), plain(self.small_sites)])
 
     @property
     def fingerprint(self) -> str:
@@ -215,6 +246,8 @@ def feature_spec_from_dict(record: dict[str, Any]) -> FeatureSpec:
         InputGroup(name=group["name"], sites=tuple(group["sites"])) for group in record["input_groups"]
     )
     values["small_sites"] = tuple(SmallSite(**site) for site in record["small_sites"])
+    if record["preconditioner"] is not None:
+        values["preconditioner"] = PreconditionerSpec(**record["preconditioner"])
     return FeatureSpec(**values)
 
 

@@ -149,6 +149,32 @@ def _target_samples(k: int) -> pa.Schema:
     )
 
 
+def _preconditioner() -> pa.Schema:
+    factor = pa.list_(pa.field("element", pa.float32(), nullable=False))
+    return pa.schema(
+        [
+            _field(
+                "name",
+                pa.string(),
+                "site; on the side `in` the input group, or the site where it has a factor of its own",
+            ),
+            _field(
+                "side",
+                pa.string(),
+                "out (rows of a matrix gradient), in (its columns) or small (all of a small parameter)",
+            ),
+            _field(
+                "correlation",
+                pa.float64(),
+                "Pearson correlation of the rank-one fit and the exact preconditioner over the entries of the site; null but for out",
+                "1",
+                nullable=True,
+            ),
+            _field("factor", factor, "what rows, columns or numbers of a gradient are multiplied by", "1"),
+        ]
+    )
+
+
 def _spectrum(k: int) -> pa.Schema:
     return pa.schema(
         [
@@ -262,6 +288,7 @@ _FIXED: dict[str, Callable[[], pa.Schema]] = {
     "plan": _plan,
     "rejects": _rejects,
     "curvature": _curvature,
+    "preconditioner": _preconditioner,
     "selection": _selection,
     "steps": _steps,
     "decisions": _decisions,

@@ -28,6 +28,7 @@ from schemas.spec import PROJECTION_VERSION, FeatureSpec, InputGroup, LossKind, 
 from selection_ops.batching import Batch
 from selection_ops.losses import HeadRoute, Watch
 from selection_ops.model import causal_model, evaluating
+from selection_ops.preconditioning import Preconditioner
 from selection_ops.projections import Fold, ProjectionSpec, input_signs, output_signs
 from selection_ops.recording import MatrixSite, ModuleTape, Records
 from selection_ops.sites import MatrixParameter, Site, find_sites, search
@@ -55,7 +56,7 @@ class GradientEngine:
     read live: entering and leaving between optimizer steps is cheap.
 
     `input_groups` and `small_sites` are what to attribute (the linear maps of the blocks where neither is given); `k` 0 keeps every
-    site's numbers side by side. Raises `InputError` where the model lacks a site.
+    site's numbers side by side. With a `preconditioner` sketches are of P * gradient. Raises `InputError` where the model lacks a site.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class GradientEngine:
         seed: int,
         version: int = PROJECTION_VERSION,
         loss: LossKind = "sum",
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         self.model = model = causal_model(model)
         self.loss = loss
         self.input_groups = find_sites(model).input_groups if input_groups is None else input_groups
         self.small_sites = small_sites
         self._rank = proj_rank
+        self._preconditioner = preconditioner
         self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
         self._found = search(model)
         known = {site.name: site for site in (*self._found.matrices, *self._found.small)}
@@ -101,11 +104,11 @@ class GradientEngine:
         return known[name]
 
     @classmethod
-    def from_spec(cls, model: Any, spec: FeatureSpec) -> GradientEngine:
-        """The engine of a feature spec."""
+    def from_spec(cls, model: Any, spec: FeatureSpec, preconditioner: Preconditioner | None = None) -> GradientEngine:
+        """The engine of a feature spec, for the side of it that `preconditioner` belongs to."""
         return cls(
             model, spec.input_groups, spec.small_sites, proj_rank=spec.proj_rank, k=spec.k, seed=spec.seed,
-            version=spec.projection_version, loss=spec.loss,
+            version=spec.projection_version, loss=spec.loss, preconditioner=preconditioner,
         )  # fmt: skip
 
     @property
@@ -129,14 +132,29 @@ class GradientEngine:
         for found in self._sites:
             shape = found.site.shape
             assert isinstance(shape, MatrixParameter)
-            if found.group not in shared:
+            out_factor, in_factor, found.input = self._factors(found)
+            if found.input not in shared:
                 signs_RI = input_signs(self._spec, found.group, shape.inputs, parameter.device)
-                shared[found.group] = signs_RI.T.to(parameter.dtype).contiguous()
-            found.in_signs_IR = shared[found.group]
+                shared[found.input] = _scaled(signs_RI, in_factor).to(parameter.dtype).contiguous()
+            found.in_signs_IR = shared[found.input]
             signs_RO = output_signs(self._spec, found.name, shape.outputs, parameter.device)
-            found.out_signs_OR = signs_RO.T.to(parameter.dtype).contiguous()
+            found.out_signs_OR = _scaled(signs_RO, out_factor).to(parameter.dtype).contiguous()
+            exact = self._preconditioner.exact.get(found.name) if self._preconditioner else None
+            found.exact_OI = None if exact is None else exact.to(parameter.device, self._wide)
+        small = self._preconditioner.small if self._preconditioner else {}
+        self._small_factors = {name: factor.to(parameter.device, self._wide) for name, factor in small.items()}
         self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide, self.small_sites)
         self._made_for = place
+
+    def _factors(self, found: MatrixSite) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+        """u_O and v_I of a preconditioner of rank one, and whose the latter is."""
+        held = self._preconditioner
+        if held is None or found.name in held.exact:
+            return None, None, found.group
+        if found.name not in held.outputs:
+            raise InputError(f"the preconditioner has no factors of site {found.name!r}; it was made for another model")
+        own = found.name if found.name in held.inputs else found.group
+        return held.outputs[found.name], held.inputs[own], own
 
     def _tapes(self) -> dict[str, ModuleTape]:
         """What every module with attributed parameters reports to."""
@@ -213,7 +231,7 @@ class GradientEngine:
             records.collect_leaves()
         finally:
             self._records = None
-        flat_BS = records.flat()
+        flat_BS = records.flat(self._small_factors)
         loss_B = loss_B.detach().double()
         loss_tokens_B = batch.sum_by_sample(batch.loss_BT[:, 1:])
         if self.loss == "mean":
@@ -246,6 +264,8 @@ class GradientEngine:
             raise InputError(f"no site {site!r} among the {len(self._sites)} attributed: {names}, ...")
         assert isinstance(found.site.shape, MatrixParameter)
         gradient_OI = found.site.shape.matrix(gradient)
+        if found.exact_OI is not None:
+            gradient_OI = gradient_OI * found.exact_OI
         left_RI = found.out_signs_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
         return left_RI @ found.in_signs_IR.to(self._wide) / self._rank
 
@@ -253,6 +273,11 @@ class GradientEngine:
 def _requiring_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
     """Backward ends at the embedding's output, unless a site inside of it (an adapter) or a leaf lets it require gradient already."""
     return None if output.requires_grad else output.detach().requires_grad_()
+
+
+def _scaled(signs_RI: torch.Tensor, factor_I: torch.Tensor | None) -> torch.Tensor:
+    """Signs as [I, R], every row times its factor; float64 where there is one, so that it is rounded once."""
+    return signs_RI.T if factor_I is None else signs_RI.T * factor_I.to(signs_RI.device, torch.float64)[:, None]
 
 
 def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,13 +24,20 @@ from selection_ops.sites.layout import CallLayout
 
 @dataclasses.dataclass(eq=False)
 class MatrixSite:
-    """A matrix site and its projections; signs are kept as +-1, exact in bfloat16, and sketches are scaled by 1/R at the end."""
+    """A matrix site and its projections, sqrt(R) times what they are: sketches are scaled by 1/R at the end.
+
+    Signs are +-1, exact in bfloat16; a preconditioner of rank one multiplies their rows.
+    """
 
     site: Site
     group: str
     index: int
+    input: str = ""
+    """Whose projection of the input it is: the group's, or the site's own."""
     in_signs_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     out_signs_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    exact_OI: torch.Tensor | None = None
+    """What every sample's gradient is multiplied by, elementwise, before it is projected."""
 
     @property
     def name(self) -> str:
@@ -107,6 +114,18 @@ class Records:
         product_BRR = left_BtR.to(self.dtype).transpose(1, 2) @ right_BtR.to(self.dtype)
         self.matrices_MBRR[site.index, samples] += product_BRR
 
+    def add_exactly(
+        self, site: MatrixSite, samples: slice, delta_nO: torch.Tensor, inputs_nI: torch.Tensor, sample_n: torch.Tensor
+    ) -> None:
+        """Add each sample's sketch of P * (sum over its rows of delta input'), by way of that whole matrix, one sample at a time."""
+        assert site.exact_OI is not None
+        out_OR, in_IR = site.out_signs_OR.to(self.dtype), site.in_signs_IR.to(self.dtype)
+        for sample in range(samples.stop - samples.start):
+            mine_n = torch.nonzero(sample_n == sample)[:, 0]
+            if len(mine_n):
+                whole_OI = delta_nO[mine_n].to(self.dtype).T @ inputs_nI[mine_n].to(self.dtype)
+                self.matrices_MBRR[site.index, samples.start + sample] += out_OR.T @ (whole_OI * site.exact_OI) @ in_IR
+
     def add_rows(
         self, site: MatrixSite, samples: slice, left_nR: torch.Tensor, right_nR: torch.Tensor, sample_n: torch.Tensor
     ) -> None:
@@ -122,11 +141,12 @@ class Records:
                 self.small[name][samples] += leaf.grad.to(self.dtype).reshape(1, -1)
         self.leaves.clear()
 
-    def flat(self) -> torch.Tensor:
-        """[B, all numbers]: the matrices' R x R side by side, scaled, then the small sites'."""
+    def flat(self, small_factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[B, all numbers]: the matrices' R x R side by side, scaled, then the small sites', times their factors where they have some."""
         size, rank = self.matrices_MBRR.shape[1:3]
         matrices = self.matrices_MBRR.transpose(0, 1).reshape(size, -1) / rank
-        return torch.cat([matrices, *self.small.values()], 1) if self.small else matrices
+        small = [value * small_factors[name] if name in small_factors else value for name, value in self.small.items()]
+        return torch.cat([matrices, *small], 1) if small else matrices
 
 
 class ModuleTape:
@@ -159,7 +179,11 @@ class ModuleTape:
         if site is None or not output.requires_grad:
             return
         records = self._records()
-        samples, right, axis = records.samples, self._projected(records, site, inputs), self._layout.axis
+        samples, axis = records.samples, self._layout.axis
+        if site.exact_OI is not None:
+            self._exactly(site, records, output, inputs)
+            return
+        right = self._projected(records, site, inputs)
 
         def arrive(delta: torch.Tensor) -> None:
             left = delta @ site.out_signs_OR.to(delta.dtype)
@@ -168,12 +192,23 @@ class ModuleTape:
 
         _on_gradient(output, arrive)
 
+    def _exactly(self, site: MatrixSite, records: Records, output: torch.Tensor, inputs: torch.Tensor) -> None:
+        """As `outer`, with the input kept until backward."""
+        samples, axis, held_BtI = records.samples, self._layout.axis, self.by_sample(inputs.detach())
+        sample_n = torch.arange(len(held_BtI), device=held_BtI.device).repeat_interleave(held_BtI.shape[1])
+
+        def arrive(delta: torch.Tensor) -> None:
+            delta_nO = records.split(samples, delta, axis, zero=True).flatten(0, 1)
+            records.add_exactly(site, samples, delta_nO, held_BtI.flatten(0, 1), sample_n)
+
+        _on_gradient(output, arrive)
+
     def _projected(self, records: Records, site: MatrixSite, inputs: torch.Tensor) -> torch.Tensor:
-        held = records.projected.get(site.group)
+        held = records.projected.get(site.input)
         # A weak reference: what is kept until backward is the projected input, not the input.
         if held is None or held[0]() is not inputs:
             held = weakref.ref(inputs), inputs.detach() @ site.in_signs_IR
-            records.projected[site.group] = held
+            records.projected[site.input] = held
         return held[1]
 
     def lookup(self, name: str, output: torch.Tensor, row_BT: torch.Tensor, scale_BT: torch.Tensor) -> None:
@@ -185,6 +220,8 @@ class ModuleTape:
         samples, axis = records.samples, self._layout.axis
 
         def arrive(delta: torch.Tensor) -> None:
+            if site.exact_OI is not None:  # a token meets one row: its gradient is as exact as its sketch
+                delta = delta * site.exact_OI[row_BT].to(delta.dtype)
             right_BTR = (delta @ site.in_signs_IR.to(delta.dtype)) * scale_BT[..., None].to(delta.dtype)
             left_BtR = records.split(samples, site.out_signs_OR[row_BT], axis)
             records.add(site, samples, left_BtR, records.split(samples, right_BTR, axis, zero=True))
@@ -197,9 +234,13 @@ class ModuleTape:
         if site is None or not output_nO.requires_grad:
             return
         records = self._records()
-        samples, right_nR = records.samples, inputs_nI.detach() @ site.in_signs_IR
-        segments = records.segments(samples)
+        samples, segments = records.samples, records.segments(records.samples)
         sample_n = token_n // records.length if segments is None else segments.sample_T[token_n]
+        if site.exact_OI is not None:
+            held_nI = inputs_nI.detach()
+            _on_gradient(output_nO, lambda delta_nO: records.add_exactly(site, samples, delta_nO, held_nI, sample_n))
+            return
+        right_nR = inputs_nI.detach() @ site.in_signs_IR
 
         def arrive(delta_nO: torch.Tensor) -> None:
             left_nR = delta_nO @ site.out_signs_OR.to(delta_nO.dtype)
@@ -231,7 +272,13 @@ class ModuleTape:
     ) -> None:
         """A linear map from hidden states to logits, whose gradient is softmax - onehot(label), for some tokens."""
         site, bias = self._matrices.get("weight"), self._small.get("bias")
-        if site is not None:
+        if site is not None and site.exact_OI is not None:
+            delta_tV = softmax_tV.to(records.dtype)
+            if delta_tV is softmax_tV:
+                delta_tV = softmax_tV.clone()
+            delta_tV[torch.arange(len(labels_t), device=labels_t.device), labels_t] -= 1.0
+            records.add_exactly(site, records.samples, delta_tV, hidden_tI, sample_t)
+        elif site is not None:
             out_VR = site.out_signs_OR.to(softmax_tV.dtype)
             left_tR = (softmax_tV @ out_VR).to(records.dtype) - out_VR[labels_t].to(records.dtype)
             right_tR = hidden_tI @ site.in_signs_IR.to(hidden_tI.dtype)

@@ -6,7 +6,6 @@ A folder without a manifest, or with a file that differs from it, is torn: it is
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -15,19 +14,13 @@ from typing import Any
 
 import orjson
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from schemas.errors import CorruptFile, InputError, LehrError
-from schemas.fingerprint import canonical_json, fingerprint, pretty_json
+from schemas.fingerprint import fingerprint, pretty_json
 from schemas.parquet import Part
 from schemas.storage import (
-    exists,
-    filesystem,
-    is_local,
     join,
     list_folders,
     list_names,
@@ -37,13 +30,16 @@ from schemas.storage import (
     write_whole,
 )
 from selection_ops.model import quiet
+from selection_ops.optimizer_state import (
+    MANIFEST_FILE,
+    MOMENTS,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    file_sha256,
+    read_tensors,
+)
 
 log = logging.getLogger(__name__)
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,19 +139,6 @@ def write_checkpoint(
     return url, written
 
 
-def _sha256_of(url: str) -> str:
-    """Hex SHA-256 of a file, of which no copy is made in memory where it lies on a local disk."""
-    if not is_local(url):
-        return sha256(read_bytes(url))
-    with open(filesystem(url)[1], "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _read_tensors(url: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; mapped, not copied, where it lies on a local disk. Copy what you keep."""
-    return load_file(filesystem(url)[1]) if is_local(url) else load_tensors(read_bytes(url))
-
-
 def _verify(url: str) -> None:
     """Raise `CorruptFile` with the reason where a checkpoint folder is not whole."""
     try:
@@ -163,7 +146,7 @@ def _verify(url: str) -> None:
         if record["fingerprint"] != fingerprint([record["step"], record["files"]]):
             raise CorruptFile(f"its {MANIFEST_FILE} does not match its fingerprint")
         for file in record["files"]:
-            if _sha256_of(join(url, file["path"])) != file["sha256"]:
+            if file_sha256(join(url, file["path"])) != file["sha256"]:
                 raise CorruptFile(f"{file['path']} differs from the manifest")
     except FileNotFoundError as error:
         raise CorruptFile(f"{Path(str(error.filename or error)).name or 'a file'} is missing") from error
@@ -196,41 +179,12 @@ def read_state(url: str) -> TrainerState:
         raise CorruptFile(f"{url}/{STATE_FILE} is damaged ({error})") from error
 
 
-def read_optimizer(place: str) -> dict[str, Tensor]:
-    """Optimizer tensors of a checkpoint folder, or of a safetensors file. Raises `InputError` where there are none."""
-    url = place if place.endswith(".safetensors") else join(place, OPTIMIZER_FILE)
-    try:
-        if url != place and exists(join(place, MANIFEST_FILE)):
-            listed = {
-                file["path"]: file["sha256"] for file in orjson.loads(read_bytes(join(place, MANIFEST_FILE)))["files"]
-            }
-            if listed.get(OPTIMIZER_FILE) != _sha256_of(url):
-                raise CorruptFile(f"{url} differs from the manifest of its checkpoint; it is damaged")
-        tensors = _read_tensors(url)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer.safetensors") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{url} is not a readable safetensors file ({error})") from error
-    if not any(name.endswith(":exp_avg_sq") for name in tensors):
-        raise InputError(f"{url} holds no `<parameter>:exp_avg_sq`; it is not an optimizer state")
-    return tensors
-
-
-def optimizer_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Fingerprint of optimizer tensors: names, types, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
 def load_weights(model: nn.Module, url: str) -> None:
     """Weights of a checkpoint into a model of the same architecture, bitwise; names must agree, tied ones may be left out."""
     tensors: dict[str, Tensor] = {}
     for name in list_names(url, ".safetensors"):
         if name != OPTIMIZER_FILE:
-            tensors.update(_read_tensors(join(url, name)))
+            tensors.update(read_tensors(join(url, name)))
     own = dict(model.state_dict())
     unknown = sorted(set(tensors) - set(own))
     stored = {own[name].data_ptr() for name in tensors if name in own}

@@ -20,6 +20,7 @@ from schemas.run import Run
 from schemas.storage import join, read_bytes, sha256, sweep_temporary
 from schemas.timings import HeartbeatWriter
 from selection_ops.encoding import Encoded
+from selection_ops.optimizer_state import read_optimizer
 from trainer.checkpoints import (
     MANIFEST_FILE,
     TrainerState,
@@ -27,7 +28,6 @@ from trainer.checkpoints import (
     load_optimizer_tensors,
     load_weights,
     prune_checkpoints,
-    read_optimizer,
     read_state,
     write_checkpoint,
 )
@@ -124,7 +124,7 @@ class _Training:
         state = read_state(url)
         load_weights(self.ready.model, url)
         if not state.ended:  # all that is left then is the manifest, and the moments may not have been kept
-            load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url), url)
+            load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url).tensors, url)
         self.ready.stream.load_state_dict(state.cursor)
         self.online.steps_taken = state.step
         self.journal.discard_after(state.step)

@@ -19,7 +19,8 @@ from selection_ops.adapters import is_adapter
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.model import choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
-from trainer.checkpoints import load_optimizer_tensors, optimizer_fingerprint, read_optimizer
+from selection_ops.optimizer_state import read_optimizer
+from trainer.checkpoints import load_optimizer_tensors
 from trainer.schedules import get_schedule
 from trainer.settings import TrainSettings
 from trainer.step import Candidate
@@ -99,12 +100,12 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             attention=attention,
             device=device,
         )
-    moments = read_optimizer(settings.optimizer_state) if settings.optimizer_state else None
+    moments = read_optimizer(settings.optimizer_state, loaded.model) if settings.optimizer_state else None
     spec: dict[str, Any] = plain(
         settings.spec(
             stream=index.fingerprint,
             model=loaded.model_fingerprint,
-            optimizer_state=optimizer_fingerprint(moments) if moments is not None else "",
+            optimizer_state=moments.fingerprint if moments is not None else "",
             dtype=dtype,
             attention=attention,
         )
@@ -118,7 +119,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         parameter.requires_grad_(True)
     optimizer = make_optimizer(model, settings)
     if moments is not None:
-        load_optimizer_tensors(model, optimizer, moments, settings.optimizer_state)
+        load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
     encoder = Encoder(loaded.tokenizer, EncodingSpec(**index.encoding))
     per_stream = -(-len(stream) // settings.candidates)
     if settings.steps > per_stream:

@@ -26,8 +26,8 @@ from selection_ops.losses import HeadRoute
 from selection_ops.online.metrics import Geometry, Metric, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
-from selection_ops.online.preconditioner import adamw_preconditioner
 from selection_ops.online.weights import effective_sample_size, normalise
+from selection_ops.preconditioning import adamw_preconditioner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,11 @@ class OnlineStep:
         self.model, self.optimizer = model, optimizer
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
         self.metric = get_metric(options.metric)
+        if self.metric.candidate_power:
+            raise InputError(
+                f"metric {self.metric.name} preconditions the candidates, which scoring does (lehr score --metric) and a step does not; "
+                "use target or sgd"
+            )
         self.steps_taken = 0
         self._seed, self._clip, self._batch_tokens = seed, clip, batch_tokens
         self._warmup_select, self._selection_weights = warmup_select, selection_weights

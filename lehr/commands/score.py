@@ -29,7 +29,7 @@ class Command:
 
     def run(self) -> int:
         """Score, print what came of it, return the exit status."""
-        from lehr.console import StageProgress, batch_tokens_row, console, new_attempt, pairs
+        from lehr.console import StageProgress, console, coverage, new_attempt, pairs
         from pipelines.score import parse_share, score
         from schemas.run import Run
 
@@ -47,15 +47,13 @@ class Command:
                 on_start=lambda plan, units: progress.start(sum(unit.estimated_tokens for unit in units)),
                 tick=progress.tick,
             )
-        share = report.coverage["attributed_share"]
         rows: list[tuple[str, object]] = [
             ("work units", f"{report.units:,} of {report.units_total:,}"),
             ("samples", report.samples),
             ("tokens", report.tokens),
-            ("parameters attributed", f"{share:.1%} (the rest by name: stages/scoring/{self.scoring}.json)"),
+            *coverage(report.coverage, self.scoring),
             ("rejected", _listed(report.rejects)),
         ]
-        rows += batch_tokens_row(self.scoring, report.coverage)
         rows += [(f"overlapping {target}", count) for target, count in report.overlapping.items()]
         console.print(pairs("", rows))
         if not report.complete:

@@ -45,7 +45,7 @@ class Command:
 
     def run(self) -> int:
         """Describe, print the numbers that decide trust, return the exit status."""
-        from lehr.console import StageProgress, batch_tokens_row, console, new_attempt, pairs
+        from lehr.console import StageProgress, console, coverage, new_attempt, pairs
         from pipelines.options import TargetOptions
         from pipelines.target import describe
         from schemas.run import Run
@@ -93,8 +93,7 @@ class Command:
                         "mean gradient",
                         f"{numbers['share_stiff']:.0%} stiff, {numbers['share_flat']:.0%} flat, {numbers['share_null']:.0%} null",
                     ),
-                    ("parameters attributed", f"{report.coverage['attributed_share']:.1%}"),
-                    *batch_tokens_row(self.scoring, report.coverage),
+                    *coverage(report.coverage, self.scoring),
                     ("rejected", len(report.rejects)),
                 ],
             )

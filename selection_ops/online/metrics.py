@@ -38,8 +38,11 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric(name="target", candidate_power=0.0, target_power=1.0),
         Metric(name="sgd", candidate_power=0.0, target_power=0.0),
+        Metric(name="natural", candidate_power=0.5, target_power=0.5),
+        Metric(name="target", candidate_power=0.0, target_power=1.0),
+        Metric(name="update", candidate_power=1.0, target_power=1.0),
+        Metric(name="opus", candidate_power=1.0, target_power=0.0),
     )
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from schemas.errors import InputError
-from selection_ops.online.preconditioner import adamw_preconditioner
+from selection_ops.preconditioning import adamw_preconditioner
 from tests.reference.online import adamw_step
 
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
