@@ -66,8 +66,8 @@ class ScoringOptions:
     target: `natural` P^1/2 both, `target` P the target only, `update` P both, `opus` P the candidates only (default: natural with an
     optimizer state, else sgd)."""
     precondition: PreconditionForm | None = None
-    """`rank-one` folds the best separable fit of P into the projections, at no cost; `exact` multiplies every gradient elementwise, at
-    about a third of the time more (default rank-one)."""
+    """`rank-one` folds the best separable fit of P into the projections, at no cost; `exact` multiplies every gradient elementwise, in
+    half as much time again (default rank-one)."""
     attention: str | None = None
     """Attention implementation (default: the fastest one for the hardware)."""
     batch_tokens: int | None = None

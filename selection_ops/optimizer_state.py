@@ -224,25 +224,23 @@ def _names(record: dict[str, Any], url: str, model: nn.Module | None) -> dict[An
     if model is None:
         raise InputError(f"{url} numbers its parameters, and no model is at hand to say which they are")
     keys = [key for group in groups for key in group["params"]]
-    found = []
+    parameters = dict(model.named_parameters())
     for order in _orders(model, len(groups)):
-        shapes = dict(model.named_parameters())
-        sizes_agree = [len(part) for part in order] == [len(group["params"]) for group in groups]
-        flat = [name for part in order for name in part]
-        if sizes_agree and all(_fits(record["state"].get(key, {}), shapes[name]) for key, name in zip(keys, flat)):
-            found.append(dict(zip(keys, flat)))
-    if not found or any(other != found[0] for other in found):
-        what = "in more than one order" if found else "in no known order"
-        sizes = ", ".join(str(len(group["params"])) for group in groups)
-        raise InputError(
-            f"{url} numbers its parameters (groups of {sizes}), and they fit {type(model).__name__} {what}: make the optimizer from "
-            "named parameters, so that its state_dict holds param_names, or save `<parameter>:exp_avg_sq` as safetensors"
-        )
-    return found[0]
+        if [len(part) for part in order] != [len(group["params"]) for group in groups]:
+            continue
+        names = dict(zip(keys, (name for part in order for name in part)))
+        if all(_fits(record["state"].get(key, {}), parameters[name]) for key, name in names.items()):
+            return names
+    sizes = ", ".join(str(len(group["params"])) for group in groups)
+    raise InputError(
+        f"{url} numbers its parameters (groups of {sizes}), and they fit {type(model).__name__} in no known order: make the optimizer "
+        "from named parameters, so that its state_dict holds param_names, or save `<parameter>:exp_avg_sq` as safetensors"
+    )
 
 
 def _orders(model: nn.Module, groups: int) -> Iterator[Sequence[list[str]]]:
-    """Orders in which trainers hand parameters to an optimizer, by group."""
+    """Orders in which trainers hand parameters to an optimizer, by group. Two that differ put a vector where the other has a matrix,
+    so that shapes tell them apart."""
     parameters = dict(model.named_parameters())
     normalised = {
         f"{path}.{name}" if path else name

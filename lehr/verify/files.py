@@ -28,7 +28,7 @@ def schema_of(path: str) -> str:
         return "target_samples" if pieces[-1].startswith("samples") else "spectrum"
     if pieces[0] == "trainings":
         return pieces[2] if len(pieces) == 4 else ""
-    known = {"plan.parquet": "plan", "selections": "selection"}
+    known = {"plan.parquet": "plan", "preconditioners": "preconditioner", "selections": "selection"}
     return known.get(pieces[0], pieces[0])
 
 

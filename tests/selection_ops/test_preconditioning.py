@@ -1,16 +1,37 @@
-"""The preconditioner is what AdamW's next step multiplies a gradient by."""
+"""The preconditioner is what AdamW's next step multiplies a gradient by; its fit, and sketches through either."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from schemas.errors import InputError
-from selection_ops.preconditioning import adamw_preconditioner
+from selection_ops.batching import collate
+from selection_ops.encoding import Encoded
+from selection_ops.engine import GradientEngine
+from selection_ops.model import causal_model
+from selection_ops.optimizer_state import AdamNumbers, OptimizerState
+from selection_ops.preconditioning import (
+    Preconditioner,
+    adamw_preconditioner,
+    exact_preconditioner,
+    fit_preconditioner,
+    fit_rank_one,
+    preconditioner_of,
+)
+from selection_ops.sites import MatrixParameter, Site, SiteReport, find_sites, search
+from tests.families import FAMILIES, wide_arithmetic
+from tests.reference.gradients import projection, sample_loss
 from tests.reference.online import adamw_step
+from tests.reference.preconditioning import adafactor, adamw, log_rank_one, log_rank_one_by_solver
+from tests.selection_ops.test_coverage import samples
+from tests.tiny import tiny_llama
 
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
+RANK, SEED = 3, 11
 
 
 @pytest.mark.parametrize("t", [2, 3, 7, 50])
@@ -77,3 +98,173 @@ def test_untouched_entries_are_floored_at_a_hundredth_of_the_site() -> None:
 def test_refuses_a_moment_that_saw_nothing() -> None:
     with pytest.raises(InputError, match="seen no gradient"):
         adamw_preconditioner(torch.ones(3), step=1, beta1=0.9, beta2=0.99, eps=1e-8)
+
+
+def positive(seed: int, rows: int, columns: int) -> np.ndarray:
+    """Like the preconditioners of a model in training: log-normal rows, columns and noise."""
+    rng = np.random.default_rng(seed)
+    return np.exp(rng.normal(size=(rows, 1)) + rng.normal(size=(1, columns)) + 0.5 * rng.normal(size=(rows, columns)))
+
+
+def test_the_fit_is_least_squares_in_the_logarithm_joint_over_sites() -> None:
+    """Against a dense solver over all rows and columns; float64, a few thousand additions."""
+    matrices = [positive(1, 7, 5), positive(2, 4, 5), positive(3, 9, 5)]
+    fit = fit_rank_one([torch.from_numpy(matrix) for matrix in matrices])
+    for matrix, output, correlation, wanted in zip(
+        matrices, fit.outputs, fit.correlation, log_rank_one_by_solver(matrices)
+    ):
+        fitted = torch.outer(output, fit.inputs).numpy()
+        assert np.abs(fitted / wanted - 1).max() < 1e-11
+        assert correlation == pytest.approx(np.corrcoef(fitted.ravel(), matrix.ravel())[0, 1], abs=1e-12)
+        assert 0.2 < correlation < 0.99
+
+
+def test_what_is_of_rank_one_is_fitted_exactly() -> None:
+    rows, columns = np.exp(np.random.default_rng(0).normal(size=11)), np.exp(np.random.default_rng(1).normal(size=6))
+    fit = fit_rank_one([torch.from_numpy(np.outer(rows[:4], columns)), torch.from_numpy(np.outer(rows[4:], columns))])
+    assert np.abs(torch.outer(torch.cat(fit.outputs), fit.inputs).numpy() / np.outer(rows, columns) - 1).max() < 1e-13
+    assert fit.correlation == pytest.approx((1.0, 1.0), abs=1e-13)
+    flat = fit_rank_one([torch.full((3, 4), 2.5)])
+    assert torch.outer(flat.outputs[0], flat.inputs).numpy() == pytest.approx(np.full((3, 4), 2.5))
+    assert flat.correlation == (1.0,)
+
+
+def made_state(model: Any, optimizer: str = "adamw") -> OptimizerState:
+    """Moments of a model in training: log-normal, with entries that no gradient has touched."""
+    generator = torch.Generator().manual_seed(4)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        shape = parameter.shape
+        if optimizer == "adafactor" and len(shape) > 1:
+            tensors[f"{name}:exp_avg_sq_row"] = torch.randn(shape[:-1], generator=generator).double().exp() * 1e-4
+            tensors[f"{name}:exp_avg_sq_col"] = torch.randn(shape[:-2] + shape[-1:], generator=generator).double().exp()
+        else:
+            moment = torch.randn(shape, generator=generator).double().exp() * 1e-4
+            moment.view(-1)[::17] = 0.0 if moment.numel() > 17 else 1e-4
+            tensors[f"{name}:exp_avg_sq"] = moment
+        tensors[f"{name}:step"] = torch.tensor(9.0)
+    numbers = {name: AdamNumbers(beta1=0.7, beta2=0.9, eps=1e-5) for name, _ in model.named_parameters()}
+    return OptimizerState(optimizer=optimizer, tensors=tensors, numbers=numbers, where="here")  # type: ignore[arg-type]
+
+
+def test_p_of_a_state_is_the_formula() -> None:
+    model = tiny_llama()
+    state, factored = made_state(model), made_state(model, "adafactor")
+    name = "model.layers.0.mlp.up_proj.weight"
+    wanted = adamw(state.tensors[f"{name}:exp_avg_sq"].numpy(), 9, 0.7, 0.9, 1e-5)
+    assert np.abs(preconditioner_of(state, name).numpy() / wanted - 1).max() < 1e-13
+    row, column = (factored.tensors[f"{name}:exp_avg_sq_{side}"] for side in ("row", "col"))
+    found = preconditioner_of(factored, name).numpy()
+    assert np.abs(found / adafactor(row.numpy(), column.numpy()) - 1).max() < 1e-13
+    with pytest.raises(InputError, match=r"no second moment of lm_head\.bias"):
+        preconditioner_of(state, "lm_head.bias")
+
+
+def test_factors_that_no_gradient_has_touched_are_floored() -> None:
+    """Rows of an embedding that the data never had: P stays finite."""
+    model = tiny_llama()
+    state = made_state(model, "adafactor")
+    state.tensors["lm_head.weight:exp_avg_sq_row"][5] = 0.0
+    found = preconditioner_of(state, "lm_head.weight")
+    assert bool(torch.isfinite(found).all()) and float(found[5].max() / found.median()) < 1e3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("form", ["rank-one", "exact"])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "mamba", "lora"])
+def test_invariant_3_sketches_are_of_the_preconditioned_gradient(
+    family: str, form: str, optimizer: str, power: float
+) -> None:
+    """P_out (P^power * G) P_in^T, G by autograd; 1e-10 as without: factors multiply, they do not cancel."""
+    with wide_arithmetic():
+        model, items = FAMILIES[family](torch.float64), samples()
+        report = find_sites(model, "all")
+        inner = causal_model(model)
+        state = made_state(inner, optimizer)
+        if form == "exact":
+            held = exact_preconditioner(model, state, report.input_groups, report.small, power=power)
+        else:
+            held = fit_preconditioner(model, state, report.input_groups, report.small, power=power).preconditioner
+        engine = GradientEngine(
+            model, report.input_groups, report.small, proj_rank=RANK, k=0, seed=SEED, preconditioner=held
+        )
+        with engine:
+            found_BK = engine.features(collate(items)).sketch_BK
+        sites = {site.name: site for site in search(inner).matrices}
+        wanted = [reference(inner, sites, report, state, form, power, item) for item in items]
+    sizes = [len(part) for part in wanted[0]]
+    for index, found in enumerate(found_BK.split(sizes, dim=1)):
+        exact = np.stack([row[index] for row in wanted])
+        scale = np.linalg.norm(exact)
+        assert float((found - torch.as_tensor(exact)).norm()) <= 1e-10 * scale + 1e-13 * float(found_BK.norm()), index
+
+
+def reference(
+    model: Any,
+    sites: dict[str, Site],
+    report: SiteReport,
+    state: OptimizerState,
+    form: str,
+    power: float,
+    item: Encoded,
+) -> list[np.ndarray]:
+    """Sketches of one sample's parts from dense gradients and the formulas of P and of its fit."""
+
+    def exact(parameter: str) -> np.ndarray:
+        row = state.tensors.get(f"{parameter}:exp_avg_sq_row")
+        if row is not None:
+            return adafactor(row.numpy(), state.tensors[f"{parameter}:exp_avg_sq_col"].numpy()) ** power
+        second = state.tensors[f"{parameter}:exp_avg_sq"].numpy()
+        if state.optimizer == "adafactor":
+            return 1 / np.maximum(np.sqrt(second), 0.01 * np.sqrt(np.mean(second))) ** power
+        return adamw(second, 9, 0.7, 0.9, 1e-5) ** power
+
+    def matrix(name: str, held: np.ndarray) -> np.ndarray:
+        shape = sites[name].shape
+        assert isinstance(shape, MatrixParameter)
+        index = shape.name.partition(".")[2]
+        held = held[int(index)] if index else held
+        return held.T if shape.transposed else held
+
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(sample_loss(model, item.ids, item.loss_mask), [p for _, p in named], allow_unused=True)
+    dense = {name: (torch.zeros_like(p) if g is None else g).double().numpy() for (name, p), g in zip(named, found)}
+    pieces = []
+    for group in report.input_groups:
+        factors = [matrix(name, exact(sites[name].parameter)) for name in group.sites]
+        if form == "rank-one" and state.optimizer == "adamw":
+            factors = log_rank_one(factors)
+        for name, factor in zip(group.sites, factors):
+            gradient_OI = matrix(name, dense[sites[name].parameter]) * factor
+            p_out = projection(SEED, 1, name, "out", RANK, gradient_OI.shape[0])
+            p_in = projection(SEED, 1, group.name, "in", RANK, gradient_OI.shape[1])
+            pieces.append((p_out @ gradient_OI @ p_in.T).ravel())
+    return [*pieces, *((dense[site.name] * exact(site.name)).ravel() for site in report.small)]
+
+
+def test_a_dense_gradient_is_projected_as_samples_are() -> None:
+    model = tiny_llama(dtype=torch.float64)
+    report = find_sites(model)
+    state = made_state(model)
+    fitted = fit_preconditioner(model, state, report.input_groups).preconditioner
+    exact = exact_preconditioner(model, state, report.input_groups)
+    name = "model.layers.1.self_attn.k_proj"
+    group = next(group.name for group in report.input_groups if name in group.sites)
+    gradient = torch.randn(model.get_parameter(f"{name}.weight").shape, dtype=torch.float64)
+    plain = GradientEngine(model, report.input_groups, proj_rank=RANK, k=0, seed=SEED)
+    for held in (fitted, exact):
+        engine = GradientEngine(model, report.input_groups, proj_rank=RANK, k=0, seed=SEED, preconditioner=held)
+        wanted = plain.project_dense(name, gradient * held.dense(name, group))
+        assert float((engine.project_dense(name, gradient) - wanted).norm() / wanted.norm()) < 1e-12
+
+
+def test_a_preconditioner_of_another_model_is_refused() -> None:
+    model = tiny_llama()
+    report = find_sites(model)
+    with pytest.raises(InputError, match=r"has shape.*another model"):
+        wrong = made_state(model)
+        wrong.tensors["model.layers.0.mlp.up_proj.weight:exp_avg_sq"] = torch.ones(3, 3)  # type: ignore[index]
+        fit_preconditioner(model, wrong, report.input_groups)
+    with pytest.raises(InputError, match="no factors of site"):
+        GradientEngine(model, proj_rank=RANK, k=0, seed=SEED, preconditioner=Preconditioner())

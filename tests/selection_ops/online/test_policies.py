@@ -164,7 +164,7 @@ def test_every_candidate_has_a_reason() -> None:
         ({"n_keep": 0}, "n_keep"),
         ({"filter_score": "x"}, "decrease"),
         ({"weights": "x"}, "nnls"),
-        ({"metric": "x"}, "target, sgd"),
+        ({"metric": "x"}, "sgd, natural, target"),
         ({"ridge": 0.0}, "ridge"),
         ({"weight_bound": -1.0}, "weight_bound"),
     ],
@@ -179,5 +179,5 @@ def test_metrics() -> None:
     assert not get_metric("sgd").needs_preconditioner
     gradient, p = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])
     assert get_metric("target").precondition_target(gradient, p).tolist() == [3.0, 1.0]
-    with pytest.raises(InputError, match="target, sgd"):
+    with pytest.raises(InputError, match="sgd, natural, target"):
         get_metric("opus")
