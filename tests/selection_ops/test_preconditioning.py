@@ -268,3 +268,20 @@ def test_a_preconditioner_of_another_model_is_refused() -> None:
         fit_preconditioner(model, wrong, report.input_groups)
     with pytest.raises(InputError, match="no factors of site"):
         GradientEngine(model, proj_rank=RANK, k=0, seed=SEED, preconditioner=Preconditioner())
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
+def test_packed_samples_are_preconditioned_as_padded_ones(family: str) -> None:
+    """The exact form needs every sample's own tokens; float64, 1e-10 as between other layouts."""
+    with wide_arithmetic():
+        model, items = FAMILIES[family](torch.float64), samples()
+        report = find_sites(model, "all")
+        held = exact_preconditioner(model, made_state(model), report.input_groups, report.small)
+        engine = GradientEngine(
+            model, report.input_groups, report.small, proj_rank=RANK, k=0, seed=SEED, preconditioner=held
+        )
+        with engine:
+            padded, packed = (
+                engine.features(collate(items, layout=layout)).sketch_BK for layout in ("padded", "packed")
+            )
+    assert float(((packed - padded).norm(dim=1) / padded.norm(dim=1)).max()) < 1e-10
