@@ -16,6 +16,7 @@ from schemas.spec import (
     FeatureSpec,
     InputGroup,
     PlanSpec,
+    PreconditionerSpec,
     SmallSite,
     feature_spec_from_dict,
     plan_spec_from_dict,
@@ -52,14 +53,30 @@ OTHER: dict[str, Any] = {
     "attention": "sdpa",
     "batch_tokens": 99,
     "layout": "packed",
-    "precondition_candidate": "adam",
-    "precondition_target": "adam",
+    "precondition_candidate": "P^1/2",
+    "precondition_target": "P",
+    "preconditioner": PreconditionerSpec(optimizer="adamw", state="2" * 32),
 }
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(FeatureSpec) if f.name != "projection_version"])
 def test_every_field_of_a_feature_spec_is_in_its_fingerprint(name: str) -> None:
-    assert dataclasses.replace(FEATURES, **{name: OTHER[name]}).fingerprint != FEATURES.fingerprint
+    through = dataclasses.replace(
+        FEATURES, precondition_target="P^1/2", preconditioner=PreconditionerSpec(optimizer="adamw", state="1" * 32)
+    )
+    base = through if name.startswith("precondition") else FEATURES
+    changed = dataclasses.replace(base, **{name: OTHER[name]})
+    assert changed.fingerprint != base.fingerprint
+    assert feature_spec_from_dict(orjson.loads(orjson.dumps(plain(changed)))) == changed
+
+
+def test_a_preconditioner_stands_where_it_is_used() -> None:
+    with pytest.raises(InputError, match="where, and only where"):
+        dataclasses.replace(FEATURES, precondition_target="P")
+    with pytest.raises(InputError, match="where, and only where"):
+        dataclasses.replace(FEATURES, preconditioner=PreconditionerSpec(optimizer="adamw", state="1" * 32))
+    with pytest.raises(InputError, match="unknown power"):
+        dataclasses.replace(FEATURES, precondition_target="P^2")  # type: ignore[arg-type]
 
 
 def test_other_projection_version_is_refused() -> None:
