@@ -140,4 +140,3 @@ def pairs(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     for name, value in rows:
         table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
     return table
-

@@ -61,7 +61,9 @@ def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureS
     return run.scoring(name), location
 
 
-def _resolve(model: str, options: ScoringOptions) -> tuple[FeatureSpec, pa.Table | None, dict[str, Any], BudgetSearch | None]:
+def _resolve(
+    model: str, options: ScoringOptions
+) -> tuple[FeatureSpec, pa.Table | None, dict[str, Any], BudgetSearch | None]:
     import torch
 
     from pipelines.preconditioning import declare_preconditioner
@@ -155,7 +157,11 @@ def _refuse_changes(name: str, spec: FeatureSpec, options: ScoringOptions) -> No
         "precondition": held.form if held else "none",
     }
     for option, value in dataclasses.asdict(options).items():
-        if value is None or option in ("model", "revision", "optimizer_state") or (option == "batch_tokens" and value == 0):
+        if (
+            value is None
+            or option in ("model", "revision", "optimizer_state")
+            or (option == "batch_tokens" and value == 0)
+        ):
             continue  # 0 asks for a search, whose result stands
         if fixed[option] != value:
             raise InputError(

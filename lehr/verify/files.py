@@ -13,6 +13,7 @@ from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest, read_manifest
 from schemas.parquet import Part, check_footer, decode_table, read_footer, read_part
 from schemas.run import Run
+from schemas.spec import feature_spec_from_dict
 from schemas.storage import client_errors, filesystem, list_names
 
 Tick = Callable[[int], None]
@@ -54,6 +55,8 @@ def _expected(manifest: Manifest, manifests: Manifests, part: Part) -> tuple[str
     """Spec and inputs that the footer of a listed table must hold."""
     spec: str | None = fingerprint(manifest.spec)
     inputs: dict[str, str] = {}
+    if manifest.stage == "scoring":
+        spec = feature_spec_from_dict(manifest.spec).preconditioner_fingerprint
     if manifest.stage in ("score", "target", "curvature"):
         scoring = manifests.get(("scoring", str(manifest.spec.get("scoring", manifest.name))))
         spec = fingerprint(scoring.spec) if scoring else None

@@ -535,10 +535,11 @@ def test_a_larger_budget_selects_more(world: World) -> None:
 
 
 def test_scoring_options_are_those_tested_here() -> None:
-    """A new option needs a test here; `revision` is of hub ids and is tested with the loading of models."""
+    """A new option needs a test here; `revision` is of hub ids and is tested with the loading of models, what belongs to an
+    optimizer's preconditioner in test_precondition.py."""
     tested = {
         "model", "revision", "attribute", "max_tokens", "min_tokens", "append_eos", "chat_template", "proj_rank", "k", "seed", "loss",
-        "dtype", "attention", "batch_tokens", "layout",
+        "dtype", "attention", "batch_tokens", "layout", "optimizer_state", "metric", "precondition",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(ScoringOptions)} == tested
     assert {field.name for field in dataclasses.fields(TargetOptions)} == {
