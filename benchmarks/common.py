@@ -88,6 +88,13 @@ def ratio(rounds: Rounds, one: str, other: str, clock: str = "cpu_s") -> float:
     return round(statistics.median(taken[one][clock] / taken[other][clock] for taken in rounds), 4)
 
 
+def manual_ids(tokenizer: Any) -> list[int]:
+    """Tokens of the manual: real text that is always there."""
+    files = sorted((Path(__file__).resolve().parents[1] / "docs").rglob("*.md"))
+    text = "\n".join(file.read_text() for file in files)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def environment(settings: Any, device: str = "cpu") -> dict[str, Any]:
     """What a figure has to be read with. Folders are given by their last name."""
     info = Path("/proc/cpuinfo")

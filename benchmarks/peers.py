@@ -443,8 +443,7 @@ def write_corpus(path: Path, model: Path, count: int) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    text = "\n".join(file.read_text() for file in sorted((ROOT / "docs").rglob("*.md")))
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = common.manual_ids(tokenizer)
     rng = random.Random(0)
     tokens = 0
     with open(path, "w") as handle:

@@ -16,8 +16,8 @@ in that arithmetic:
 
 `peak_memory_to_plain` is the largest resident memory of a process that does one round of blocks, to that of one that does one of
 plain, float32 both. `precision` compares the sketches of bfloat16 with those of float32, sample by sample, over weights that bfloat16
-holds exactly, as most published ones are. Random weights (35m, 135m) cost what trained ones cost. The texts are random ids of 64-256
-tokens.
+holds exactly, as most published ones are. Random weights (35m, 135m) cost what trained ones cost, and so do their random ids, 64-256
+of them in a sample; a model with a tokenizer reads pieces of the manual.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from selection_ops.batching import Batch, collate, length_batches
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.losses import HeadRoute
-from selection_ops.model import default_attention, default_batch_tokens, load_model
+from selection_ops.model import default_attention, default_batch_tokens, load_model, load_tokenizer
 from selection_ops.sites import find_sites
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ class Settings:
     model: str = "35m"
     """`35m` (untied), `135m` (tied; both random Llamas), or a model's folder or hub id."""
     rounds: int = 3
-    """Interleaved rounds that are counted; one more before them warms up."""
+    """Interleaved rounds that are counted; one more before them warms up. 0: nothing is timed."""
     threads: tuple[int, ...] = (1,)
     """Threads of the process; several are measured in turn."""
     samples: int = 32
@@ -117,13 +117,15 @@ def build(settings: Settings, dtype: DType) -> Any:
     return model.to(torch.bfloat16).to(getattr(torch, dtype)).to(settings.device).eval()
 
 
-def make_samples(settings: Settings, vocabulary: int) -> list[Encoded]:
-    """Random samples."""
+def make_samples(settings: Settings) -> list[Encoded]:
+    """Samples of random ids, which cost what others cost; of a model with a tokenizer, pieces of the manual."""
     rng = random.Random(0)
+    text = None if settings.model in CONFIGS else common.manual_ids(load_tokenizer(settings.model))
     samples = []
     for _ in range(settings.samples):
         length = rng.randint(64, 256)
-        ids = [rng.randrange(3, vocabulary) for _ in range(length)]
+        start = rng.randrange(len(text) - length) if text else 0
+        ids = text[start : start + length] if text else [rng.randrange(3, 6_144) for _ in range(length)]
         samples.append(Encoded(ids=ids, loss_mask=[False] + [True] * (length - 1)))
     return samples
 
@@ -168,7 +170,7 @@ def score(engine: GradientEngine, batches: list[Batch]) -> None:
 def side_of(settings: Settings, dtype: DType) -> Side:
     """A model and all ways through its batches."""
     model = build(settings, dtype)
-    samples = make_samples(settings, min(model.config.get_text_config().vocab_size, 6_144))
+    samples = make_samples(settings)
     bound = settings.batch_tokens or default_batch_tokens(settings.device, dtype)
     batches, packed = make_batches(settings, samples, bound), make_batches(settings, samples, bound, "packed")
     numbers: dict[str, Any] = {"k": settings.k, "seed": 0}
@@ -266,8 +268,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         for short, side in sides.items()
         for name, run in side.ways.items()
     }
-    rounds = common.interleaved(ways, settings.rounds)
-    ratios = ratios_of(settings, rounds)
+    rounds = common.interleaved(ways, settings.rounds) if settings.rounds else []
+    ratios = ratios_of(settings, rounds) if rounds else {}
     peaks = {}
     if settings.memory and settings.device == "cpu":
         peaks = {way: peak_memory(settings, way) for way in ("plain", "blocks", "all")}
