@@ -137,7 +137,7 @@ def test_check_and_verify_hold(tmp_path: Path, state: Path, form: str) -> None:
     world = scored(tmp_path / "world", state, metric="target", precondition=form, k=64, dtype="float32")
     report = check(world.run, "base", CheckOptions(rows=12, target_rows=8))
     assert report.intact and report.faithful and not report.failures
-    for name in ("projection", "fold", "norm"):
+    for name in ("projection", "fold", "stored", "norm"):
         assert 1 / 3 < report.record["errors"][name]["ratio"] < 3, name
     assert not [problem for found in verify(world.run) for problem in found.problems]
 
