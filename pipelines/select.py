@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable
+import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 
-from pipelines.geometry import TargetData, read_target, unit_sketches
+from pipelines.candidates import candidate_set, in_threads, read_pool
+from pipelines.geometry import TargetData, read_target
 from schemas.errors import InputError
 from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.manifest import Manifest, write_manifest
-from schemas.parquet import Footer, Part, decode_table, read_part, write_table
+from schemas.parquet import Footer, Part, write_table
 from schemas.run import Run, check_name
-from schemas.spec import FeatureSpec, LossKind
 from schemas.storage import exists, sha256, write_whole
-from schemas.tables import GEOMETRY_COLUMNS, OVERLAP_COLUMNS, table_schema
-from selection_ops.selectors import Budget, CandidateSet, SelectorSettings, Solution, select, set_cosine
+from schemas.tables import table_schema
+from selection_ops.selectors import (
+    Budget,
+    CandidateSet,
+    SelectorSettings,
+    Solution,
+    get_selector,
+    select,
+    set_cosine,
+)
+from selection_ops.selectors.seconds import counted, spent
 
 PART_ROWS = 100_000
 
@@ -34,6 +42,8 @@ class SelectReport:
     tokens: int
     solution: dict[str, Any]
     fingerprint: str
+    seconds: dict[str, float]
+    """Wall seconds by what they went into, and `total`; in no file."""
 
 
 def run_select(
@@ -45,13 +55,38 @@ def run_select(
     settings: SelectorSettings,
     *,
     keep_overlapping: bool = False,
+    columns_only: bool = False,
 ) -> SelectReport:
     """Select and write the parts, `solution.json` and the manifest.
 
-    `target` may be empty for selectors that need none. Raises `InputError` where a selection of this name was made with
+    `target` may be empty for selectors that need none. With `columns_only` no sketch is read: seconds on large pools, without
+    the diagnostics that need sketches, and only for selectors that rank by columns. Raises `InputError` where a selection of this name was made with
     other settings, or where the columns of the target are missing.
     """
+    started = time.perf_counter()
+    with counted() as seconds:
+        report = _select(run, name, scoring, target, budget, settings, keep_overlapping, columns_only)
+    seconds["other"] = time.perf_counter() - started - sum(seconds.values())
+    seconds["total"] = time.perf_counter() - started
+    return dataclasses.replace(report, seconds=seconds)
+
+
+def _select(
+    run: Run,
+    name: str,
+    scoring: str,
+    target: str,
+    budget: Budget,
+    settings: SelectorSettings,
+    keep_overlapping: bool,
+    columns_only: bool,
+) -> SelectReport:
     check_name("selection", name)
+    if columns_only and get_selector(settings.selector).needs_sketches:
+        raise InputError(
+            f"selector {settings.selector!r} reads sketches, so it cannot select by columns alone; leave that out, or use "
+            "a ranking such as 'target-cosine'"
+        )
     score = run.manifest("score", scoring)
     spec = run.scoring(scoring)
     select_spec = {
@@ -61,8 +96,11 @@ def run_select(
         "budget": plain(budget),
         "keep_overlapping": keep_overlapping,
     }
+    if columns_only:
+        select_spec["columns_only"] = True
     inputs = {"score": score.fingerprint}
     data: TargetData | None = None
+    curvature: Manifest | None = None
     if target:
         data = read_target(run, target, scoring, spec)
         curvature = run.manifest("curvature", f"{target}.{scoring}")
@@ -72,10 +110,11 @@ def run_select(
             )
         inputs |= {"curvature": curvature.fingerprint, "target": data.fingerprint}
     _refuse_other(run, name, select_spec)
-    features = _read(run, [p for p in score.parts if p.path.startswith("features/")], "features", spec)
-    if data is not None:
-        features = _with_curvature(features, _read(run, curvature.parts, "curvature", spec))
-    candidates = candidate_set(features, loss=spec.loss, keep_overlapping=keep_overlapping)
+    pool = read_pool(run, score, curvature, spec, columns_only=columns_only)
+    features = pool.columns
+    candidates = candidate_set(
+        features, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK
+    )
     solution = select(candidates, data.geometry if data else None, budget, settings)
     record = _solution_record(settings, budget, candidates, solution, data)
     return _write(run, name, select_spec, inputs, features, candidates, solution, record)
@@ -86,54 +125,10 @@ def _refuse_other(run: Run, name: str, select_spec: dict[str, Any]) -> None:
         return
     before = run.manifest("select", name).spec
     if before != select_spec:
-        differing = sorted(key for key in select_spec if before.get(key) != select_spec[key])
+        differing = sorted(key for key in {*before, *select_spec} if before.get(key) != select_spec.get(key))
         raise InputError(
             f"selection {name!r} exists with other {', '.join(differing)}; a selection never changes. Give this one another --name"
         )
-
-
-def _read(run: Run, parts: Iterable[Part], schema: str, spec: FeatureSpec) -> pa.Table:
-    tables = [
-        decode_table(read_part(run.url, part), run.path(part.path), schema=schema, spec=spec.fingerprint)[0]
-        for part in parts
-    ]
-    if not tables:
-        raise InputError("the plan has no work units, so there is nothing to select from")
-    return pa.concat_tables(tables)
-
-
-def _with_curvature(features: pa.Table, curvature: pa.Table) -> pa.Table:
-    if not features["sample_id"].equals(curvature["sample_id"]):
-        raise InputError("curvature columns are not those of the features, row by row; run `lehr score` again")
-    for name in (*GEOMETRY_COLUMNS, *OVERLAP_COLUMNS):
-        features = features.append_column(name, curvature[name])
-    return features
-
-
-def candidate_set(features: pa.Table, *, loss: LossKind = "sum", keep_overlapping: bool = False) -> CandidateSet:
-    """Candidates of a features table, with its curvature columns where it has them.
-
-    `loss` is that of the feature spec: losses and gradient norms of means are brought back to those of sums.
-    """
-    loss_tokens_N = features["loss_tokens"].to_numpy().astype(np.int64)
-    per_mean_N = loss_tokens_N.astype(np.float64) if loss == "mean" else 1
-    excluded = np.full(features.num_rows, "", dtype=object)
-    if "overlapping" in features.column_names and not keep_overlapping:
-        excluded[features["overlapping"].to_numpy()] = "overlap"
-    columns = {name: features[name].to_numpy() for name in GEOMETRY_COLUMNS if name in features.column_names}
-    return CandidateSet(
-        sample_id=features["sample_id"].to_numpy(),
-        content_id=features["content_id"].to_numpy(),
-        domain=features["domain"].to_numpy(),
-        tokens_N=features["tokens"].to_numpy().astype(np.int64),
-        loss_tokens_N=loss_tokens_N,
-        loss_N=features["loss"].to_numpy() * per_mean_N,
-        grad_norm_N=features["grad_norm"].to_numpy() * per_mean_N,
-        norm_N=features["sketch_norm"].to_numpy(),
-        unit_NK=torch.from_numpy(unit_sketches(features)),
-        excluded_N=excluded,
-        **columns,
-    )
 
 
 def _solution_record(
@@ -155,18 +150,25 @@ def _solution_record(
         diagnostics["set_cosine_evaluation"] = set_cosine(
             candidates.unit_NK, candidates.norm_N, solution.order_n, solution.weights_n, mean
         )
-    reasons = Counter(reason.split(" ")[0] for reason in solution.reason_N)
     return {
         "selector": settings.selector,
         "settings": plain(settings),
         "budget": plain(budget),
         "certificate": solution.certificate,
         "diagnostics": diagnostics,
-        "counts": dict(sorted(reasons.items())),
+        "counts": _counts(solution.reason_N),
         "warnings": warnings,
     }
 
 
+def _counts(reason_N: np.ndarray) -> dict[str, int]:
+    """How many candidates were left for each reason; what a duplicate repeats is not part of its reason."""
+    words = pc.replace_substring_regex(pa.array(reason_N, pa.string()), r"(?s) .*", "")
+    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(words).to_pylist()}
+    return dict(sorted(found.items()))
+
+
+@spent("write")
 def _write(
     run: Run,
     name: str,
@@ -180,10 +182,13 @@ def _write(
     table = _selection_table(features, solution)
     folder = run.selection_folder(name)
     footer = Footer(schema="selection", spec=fingerprint(select_spec), inputs={"score": inputs["score"]})
-    parts = [
-        write_table(run.url, f"{folder}/part-{number:05d}.parquet", table.slice(start, PART_ROWS), footer)
-        for number, start in enumerate(range(0, max(table.num_rows, 1), PART_ROWS))
-    ]
+    starts = range(0, max(table.num_rows, 1), PART_ROWS)
+
+    def write(number: int) -> Part:
+        rows = table.slice(starts[number], PART_ROWS)
+        return write_table(run.url, f"{folder}/part-{number:05d}.parquet", rows, footer)
+
+    parts = in_threads(write, range(len(starts)))
     body = pretty_json(record)
     write_whole(run.path(f"{folder}/solution.json"), body)
     parts.append(Part(path=f"{folder}/solution.json", rows=0, bytes=len(body), sha256=sha256(body)))
@@ -197,7 +202,7 @@ def _write(
         summary={"candidates": table.num_rows, "selected": selected, "tokens": tokens, "counts": record["counts"]},
     )
     write_manifest(run.path(run.manifest_path("select", name)), manifest)
-    return SelectReport(name=name, selected=selected, tokens=tokens, solution=record, fingerprint=manifest.fingerprint)
+    return SelectReport(name=name, selected=selected, tokens=tokens, solution=record, fingerprint=manifest.fingerprint, seconds={})
 
 
 def _selection_table(features: pa.Table, solution: Solution) -> pa.Table:
@@ -215,7 +220,7 @@ def _selection_table(features: pa.Table, solution: Solution) -> pa.Table:
         "selection_weight": weight,
         "score": pa.array(main, mask=~np.isfinite(main)),
         "scores": _map_column({name: values for name, values in scores.items() if name != "score"}, count),
-        "reason": [str(reason) for reason in solution.reason_N],
+        "reason": pa.array(solution.reason_N, pa.string()),
     }
     for field in schema:
         if field.name not in columns:
@@ -228,7 +233,8 @@ def _map_column(scores: dict[str, np.ndarray], count: int) -> pa.MapArray:
     """A map per row; a score that is not finite is left out of its row's map."""
     names = list(scores)
     if not names or not count:
-        return pa.array([{}] * count, type=pa.map_(pa.string(), pa.float64()))
+        offsets = pa.array(np.zeros(count + 1, np.int32))
+        return pa.MapArray.from_arrays(offsets, pa.array([], pa.string()), pa.array([], pa.float64()))
     values = np.stack([scores[name] for name in names], axis=1)
     held = np.isfinite(values)
     offsets = np.concatenate([[0], np.cumsum(held.sum(axis=1))]).astype(np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -186,6 +186,69 @@ def read_table(
             return _read(file, url, columns)
     except FileNotFoundError as error:
         raise CorruptFile(f"{url} is missing; run its stage again") from error
+
+
+def decode_vectors(
+    data: bytes,
+    url: str,
+    column: str,
+    store: Callable[[int, pa.Array], None],
+    *,
+    schema: str,
+    spec: str | None = None,
+    rows: int,
+    width: int,
+) -> pa.Table:
+    """Hand the vectors of `column` to `store(row, numbers)` a row group at a time, and return the other columns as a table.
+
+    `numbers` is flat and not kept here, so one row group is in memory at a time. Raises `CorruptFile` where the file holds
+    other than `rows` vectors of `width` numbers, before anything is handed over, or where it is damaged.
+    """
+    file = _open(url, pa.BufferReader(data))
+    check_footer(footer_of(file, url), url, schema=schema, spec=spec, inputs={})
+    found = (file.metadata.num_rows, file.schema_arrow.field(column).type.list_size)
+    if found != (rows, width):
+        raise CorruptFile(
+            f"{url} holds {found[0]} rows of {found[1]} numbers, expected {rows} of {width}; "
+            "delete it and run its stage again"
+        )
+    row = 0
+    for group in range(file.num_row_groups):
+        try:
+            vectors = file.read_row_group(group, columns=[column], use_threads=False)[column]
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptFile(f"{url}: damaged ({error}); delete it and run its stage again") from error
+        for chunk in vectors.chunks:
+            store(row, chunk.flatten())
+            row += len(chunk)
+    return _read(file, url, [name for name in file.schema_arrow.names if name != column])
+
+
+def read_columns(run_url: str, part: Part, columns: Sequence[str], *, schema: str, spec: str | None = None) -> pa.Table:
+    """Some columns of a listed part, without the bytes of the others.
+
+    Size, lineage and the checksums of the pages that are read are verified; the hash of the whole file is not, for it would
+    take every byte. Raises `CorruptFile` where the part is missing or damaged.
+    """
+    url = f"{run_url}/{part.path}"
+    try:
+        with open_ranged(url) as handle:
+            size = handle.seek(0, 2)
+            if size != part.bytes:
+                raise CorruptFile(
+                    f"{url} has {size} bytes, its manifest lists {part.bytes}; delete it and run its stage again"
+                )
+            handle.seek(0)
+            file = _open(url, handle)
+            check_footer(footer_of(file, url), url, schema=schema, spec=spec, inputs={})
+            if file.metadata.num_rows != part.rows:
+                raise CorruptFile(
+                    f"{url} holds {file.metadata.num_rows} rows, its manifest lists {part.rows}; "
+                    "delete it and run its stage again"
+                )
+            return _read(file, url, columns)
+    except FileNotFoundError as error:
+        raise CorruptFile(f"{url} is listed in a manifest but missing; run its stage again") from error
 
 
 def read_part(run_url: str, part: Part) -> bytes:

@@ -43,6 +43,9 @@ class Command:
     """Target to select for; `none` for selectors that need none."""
     keep_overlapping: bool = False
     """Keep candidates whose wording overlaps the target or the evaluation set; by default they are left out."""
+    columns_only: bool = False
+    """Read scalar columns alone and no sketches: seconds on large pools, for selectors that rank by columns; the diagnostics
+    that need sketches are left out."""
     settings: tyro.conf.OmitArgPrefixes[SelectorSettings] = SelectorSettings()
 
     def run(self) -> int:
@@ -64,6 +67,7 @@ class Command:
                 Budget(samples=self.samples or None, tokens=self.tokens or None),
                 self.settings,
                 keep_overlapping=self.keep_overlapping,
+                columns_only=self.columns_only,
             )
         rows: list[tuple[str, object]] = [("selected", report.selected), ("tokens", report.tokens)]
         for key, count in report.solution["counts"].items():
@@ -77,6 +81,8 @@ class Command:
         console.print(pairs(f"selection {name}", rows))
         for warning in report.solution["warnings"]:
             console.print(f"note: {warning}", markup=False)
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
+        console.print(f"Seconds: {seconds}", markup=False)
         console.print(f"All numbers: {run.path(run.selection_folder(name))}/solution.json")
         console.print(f"Next: lehr export {self.run_dir} --selection {name}")
         return 0

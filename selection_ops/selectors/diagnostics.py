@@ -208,7 +208,10 @@ def _supply(
 def _domain_shares(problem: Problem, index_n: np.ndarray) -> dict[str, dict[str, float]]:
     """Shares by domain of all candidates and of the chosen ones, in samples and in tokens."""
     candidates = problem.candidates
-    names, code_N = np.unique(np.asarray(candidates.domain).astype(str), return_inverse=True)
+    texts = [str(domain) for domain in candidates.domain]
+    names = sorted(set(texts))
+    code_of = {name: code for code, name in enumerate(names)}
+    code_N = np.fromiter((code_of[text] for text in texts), np.int64, len(texts))
     tokens_N = candidates.tokens_N.astype(np.float64)
 
     def shares(index: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -219,7 +222,7 @@ def _domain_shares(problem: Problem, index_n: np.ndarray) -> dict[str, dict[str,
     before, after = shares(every, np.ones(len(every))), shares(index_n, np.ones(len(index_n)))
     before_tokens, after_tokens = shares(every, tokens_N), shares(index_n, tokens_N[index_n])
     return {
-        str(name): {
+        name: {
             "before": float(before[d]),
             "after": float(after[d]),
             "before_tokens": float(before_tokens[d]),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from selection_ops.selectors.relaxed import SetObjective
+from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.threshold import FeasibleSet
 
 COLUMN_BATCH = 32
@@ -31,6 +32,7 @@ class Path:
     """||s||^2 after each addition."""
 
 
+@spent("greedy")
 def greedy(
     unit_mK: torch.Tensor,
     scale_m: np.ndarray,

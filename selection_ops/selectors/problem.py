@@ -17,7 +17,9 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import CURVATURE_COLUMNS, TargetGeometry, curvature_columns
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import CandidateSet, Selector
+from selection_ops.selectors.ordering import first_equal, text_order
 from selection_ops.selectors.outliers import find_outliers
+from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.settings import Budget, SelectorSettings
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
@@ -61,17 +63,20 @@ class Problem:
             )
         self._find_pool()
 
+    @spent("pool")
     def _find_pool(self) -> None:
         candidates = self.candidates
-        sample_id = np.asarray(candidates.sample_id).astype(str)
-        content_id = np.asarray(candidates.content_id).astype(str)
-        order_N = np.argsort(sample_id, kind="stable")
-        same = np.flatnonzero(sample_id[order_N][1:] == sample_id[order_N][:-1])
-        if same.size:
-            raise InputError(f"sample id {sample_id[order_N][same[0]]} occurs more than once; ids must be unique")
+        sample_id = np.asarray(candidates.sample_id).astype(str, copy=False)
+        content_id = np.asarray(candidates.content_id).astype(str, copy=False)
+        order_N, repeats_N = text_order(sample_id)
+        if repeats_N.any():
+            twice = sample_id[order_N[int(repeats_N.argmax())]]
+            raise InputError(f"sample id {twice} occurs more than once; ids must be unique")
         reason_N = np.full(len(candidates), "", dtype=object)
         if candidates.excluded_N is not None:
-            reason_N[:] = [str(reason) if reason else "" for reason in candidates.excluded_N]
+            excluded_N = np.asarray(candidates.excluded_N, dtype=object)
+            for index in np.flatnonzero(excluded_N):
+                reason_N[index] = str(excluded_N[index])
         finite_N = np.ones(len(candidates), dtype=bool)
         for name in ("norm_N", "loss_N", "grad_norm_N", *CURVATURE_COLUMNS):
             column = getattr(candidates, name)
@@ -84,10 +89,9 @@ class Problem:
         reason_N[(reason_N == "") & ~finite_N] = "non_finite"
         if self.budget.unit == "tokens":
             reason_N[(reason_N == "") & (candidates.tokens_N < 1)] = "no_tokens"
-        free_n = order_N[reason_N[order_N] == ""]
+        free_n = order_N[(reason_N == "")[order_N]]
         # Pool order is id order, so the first of equal contents is the representative.
-        _, first, inverse = np.unique(content_id[free_n], return_index=True, return_inverse=True)
-        representative_n = first[inverse]
+        representative_n = first_equal(content_id[free_n])
         copy_n = (representative_n != np.arange(len(free_n))) & (content_id[free_n] != "")
         for position in np.flatnonzero(copy_n):
             reason_N[free_n[position]] = f"duplicate_of {sample_id[free_n[representative_n[position]]]}"

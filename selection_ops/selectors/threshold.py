@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from selection_ops.selectors.seconds import spent
+
 _MAX_CUTS = 200
 _TIGHT = 1e-13
 """Relative gap of the dual at which two brackets count as one optimum: a few hundred float64 roundings."""
@@ -86,6 +88,7 @@ class ThresholdSolution:
         return np.flatnonzero((self.weights_n > 0.0) & (self.weights_n < 1.0))
 
 
+@spent("threshold")
 def solve_threshold(c_n: np.ndarray, feasible: FeasibleSet) -> ThresholdSolution:
     """The exact optimum for gains `c_n`; ties go to the smaller position. Source: direct.md section 2, LP duality.
 
