@@ -22,7 +22,7 @@ import torch
 
 from schemas.errors import InputError
 from schemas.manifest import Manifest
-from schemas.parquet import Part, decode_table, decode_vectors, read_columns, read_part
+from schemas.parquet import Part, decode_table, decode_vectors, part_buffer, read_columns
 from schemas.run import Run
 from schemas.spec import FeatureSpec, LossKind
 from schemas.tables import GEOMETRY_COLUMNS, OVERLAP_COLUMNS, table_schema
@@ -151,7 +151,7 @@ def _all(read: Callable[[Part], pa.Table], parts: Sequence[Part]) -> list[pa.Tab
 
 
 def _read(run: Run, part: Part, schema: str, spec: FeatureSpec) -> pa.Table:
-    return decode_table(read_part(run.url, part), run.path(part.path), schema=schema, spec=spec.fingerprint)[0]
+    return decode_table(part_buffer(run.url, part), run.path(part.path), schema=schema, spec=spec.fingerprint)[0]
 
 
 def _with_sketches(run: Run, parts: Sequence[Part], spec: FeatureSpec) -> tuple[list[pa.Table], np.ndarray]:
@@ -167,7 +167,7 @@ def _with_sketches(run: Run, parts: Sequence[Part], spec: FeatureSpec) -> tuple[
             stored_NK[first + row : first + row + len(rows)] = rows
 
         return decode_vectors(
-            read_part(run.url, part), run.path(part.path), "sketch", store,
+            part_buffer(run.url, part), run.path(part.path), "sketch", store,
             schema="features", spec=spec.fingerprint, rows=part.rows, width=width,
         )  # fmt: skip
 
@@ -175,7 +175,7 @@ def _with_sketches(run: Run, parts: Sequence[Part], spec: FeatureSpec) -> tuple[
 
 
 def _strings(column: pa.ChunkedArray) -> np.ndarray:
-    """A text column as numpy text; ids of one length and of ASCII are taken as they lie, without an object each."""
+    """A text column as numpy text; ids of one length and of ASCII as the bytes they are, without an object each."""
     pieces = [_fixed(chunk) for chunk in column.chunks if len(chunk)]
     widths = {piece.dtype for piece in pieces if piece is not None}
     if pieces and all(piece is not None for piece in pieces) and len(widths) == 1:
@@ -193,7 +193,7 @@ def _fixed(chunk: pa.StringArray) -> np.ndarray | None:
     # numpy drops zeros at the end of a text, and letters beyond ASCII take more than a byte.
     if letters.max() > 127 or letters.min() == 0:
         return None
-    return letters.astype(np.uint32).view(f"<U{width}")
+    return letters.view(f"S{width}")
 
 
 def _names(column: pa.ChunkedArray) -> np.ndarray:

@@ -112,9 +112,7 @@ def _select(
     _refuse_other(run, name, select_spec)
     pool = read_pool(run, score, curvature, spec, columns_only=columns_only)
     features = pool.columns
-    candidates = candidate_set(
-        features, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK
-    )
+    candidates = candidate_set(features, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK)
     solution = select(candidates, data.geometry if data else None, budget, settings)
     record = _solution_record(settings, budget, candidates, solution, data)
     return _write(run, name, select_spec, inputs, features, candidates, solution, record)
@@ -202,7 +200,9 @@ def _write(
         summary={"candidates": table.num_rows, "selected": selected, "tokens": tokens, "counts": record["counts"]},
     )
     write_manifest(run.path(run.manifest_path("select", name)), manifest)
-    return SelectReport(name=name, selected=selected, tokens=tokens, solution=record, fingerprint=manifest.fingerprint, seconds={})
+    return SelectReport(
+        name=name, selected=selected, tokens=tokens, solution=record, fingerprint=manifest.fingerprint, seconds={}
+    )
 
 
 def _selection_table(features: pa.Table, solution: Solution) -> pa.Table:

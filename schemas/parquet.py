@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 from schemas.errors import CorruptFile, MixedFingerprints
 from schemas.fingerprint import canonical_json
 from schemas.ranged import open_ranged
-from schemas.storage import read_bytes, sha256, write_whole
+from schemas.storage import filesystem, is_local, read_bytes, sha256, write_whole
 from schemas.tables import SCHEMA_VERSION, table_schema
 
 ROW_GROUP_ROWS = 2000
@@ -161,7 +163,7 @@ def _read(file: pq.ParquetFile, url: str, columns: Sequence[str] | None) -> pa.T
 
 
 def decode_table(
-    data: bytes, url: str, *, schema: str, spec: str | None = None, inputs: Mapping[str, str] | None = None
+    data: bytes | pa.Buffer, url: str, *, schema: str, spec: str | None = None, inputs: Mapping[str, str] | None = None
 ) -> tuple[pa.Table, Footer]:
     """Table and lineage of bytes already read; `url` names them in errors."""
     file = _open(url, pa.BufferReader(data))
@@ -189,7 +191,7 @@ def read_table(
 
 
 def decode_vectors(
-    data: bytes,
+    data: bytes | pa.Buffer,
     url: str,
     column: str,
     store: Callable[[int, pa.Array], None],
@@ -253,14 +255,25 @@ def read_columns(run_url: str, part: Part, columns: Sequence[str], *, schema: st
 
 def read_part(run_url: str, part: Part) -> bytes:
     """Bytes of a listed part. Raises `CorruptFile` where it is missing or its hash differs from the manifest."""
+    return part_buffer(run_url, part, mapped=False).to_pybytes()
+
+
+def part_buffer(run_url: str, part: Part, *, mapped: bool = True) -> pa.Buffer:
+    """The same as a buffer; of a local file the pages of the file itself (`mapped`), which takes no copy."""
     url = f"{run_url}/{part.path}"
     try:
-        data = read_bytes(url)
+        if mapped and part.bytes and is_local(url):
+            # An empty file cannot be mapped, and any other size than the one listed is refused anyway.
+            path = filesystem(url)[1]
+            data = pa.memory_map(path).read_buffer() if os.path.getsize(path) == part.bytes else pa.py_buffer(b"")
+        else:
+            data = pa.py_buffer(read_bytes(url))
     except FileNotFoundError as error:
         raise CorruptFile(f"{url} is listed in a manifest but missing; run its stage again") from error
-    if sha256(data) != part.sha256:
+    found = hashlib.sha256(data).hexdigest()
+    if found != part.sha256:
         raise CorruptFile(
-            f"{url} differs from its manifest (sha256 {sha256(data)[:12]}, listed {part.sha256[:12]}); delete it and run its stage again"
+            f"{url} differs from its manifest (sha256 {found[:12]}, listed {part.sha256[:12]}); delete it and run its stage again"
         )
     return data
 

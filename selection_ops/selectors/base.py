@@ -33,7 +33,7 @@ class CandidateSet:
     """The candidates, a column each; every array has one entry a sample, in any order."""
 
     sample_id: np.ndarray
-    """Unique ids; ties are broken by them."""
+    """Unique ids, as texts or as ASCII bytes; ties are broken by them."""
     content_id: np.ndarray
     """Equal for exact duplicates; an empty one is nobody's duplicate."""
     domain: np.ndarray

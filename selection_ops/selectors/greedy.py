@@ -14,9 +14,9 @@ from selection_ops.selectors.relaxed import SetObjective
 from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.threshold import FeasibleSet
 
-COLUMN_BATCH = 32
+COLUMN_BATCH = 128
 """Gram columns computed at once: reading the rows costs as much for one column as for these."""
-COLUMN_BYTES = 1 << 29
+COLUMN_BYTES = 3 << 29
 """Gram columns kept for later additions; the oldest go first."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import Choice, Selector, selector
+from selection_ops.selectors.blocks import all_fit, in_blocks
 from selection_ops.selectors.greedy import greedy
 from selection_ops.selectors.limit import limited
 from selection_ops.selectors.problem import Problem, gain_cosine, target_direction
@@ -26,7 +27,8 @@ class Match(Selector):
 
     The set returned never has a smaller set cosine than the top of the pool by cosine under the same budget (where that
     top meets the stiff limit), and never a larger one than `bound`. A token budget is spent until no row fits; the bound
-    then holds for all sets that spend at least as much as the set returned.
+    then holds for all sets that spend at least as much as the set returned. Where the relaxed optimum alone fills the budget with
+    more than `greedy_rows` rows, greedy only orders them, a block at a time.
     """
 
     needs_sketches = True
@@ -51,14 +53,25 @@ class Match(Selector):
         greedy_n = short_n
         if long and relaxed is not None:
             greedy_n = relaxed.likeliest(feasible, settings.greedy_rows)
-        path = greedy(
-            rows.gather_rows(problem.unit_NK, problem.pool_n[greedy_n]),
-            scale_n[greedy_n],
-            (gain_n * scale_n)[greedy_n],
-            feasible.restricted(greedy_n),
-            objective,
-            cut_at_peak=settings.allow_short,
-        )
+        allowed = feasible.restricted(greedy_n)
+        if len(greedy_n) > settings.greedy_rows and not settings.allow_short and all_fit(allowed):
+            path = in_blocks(
+                problem.unit_NK,
+                problem.pool_n[greedy_n],
+                scale_n[greedy_n],
+                (gain_n * scale_n)[greedy_n],
+                problem.square_n[greedy_n],
+                objective,
+            )
+        else:
+            path = greedy(
+                rows.gather_rows(problem.unit_NK, problem.pool_n[greedy_n]),
+                scale_n[greedy_n],
+                (gain_n * scale_n)[greedy_n],
+                allowed,
+                objective,
+                cut_at_peak=settings.allow_short,
+            )
         order_n = greedy_n[path.order_m]
         order_n, chosen_by, top = self._best_of(problem, feasible, objective, gain_n, scale_n, order_n)
         weights_n = np.ones(len(order_n))

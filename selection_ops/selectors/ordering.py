@@ -49,12 +49,22 @@ def _repeats(ranked: np.ndarray) -> np.ndarray:
 
 def _keys(text_N: np.ndarray) -> np.ndarray | None:
     """Texts as rows of unsigned numbers of eight letters each, in an order that compares alike; None beyond Latin-1."""
-    if text_N.dtype.kind != "U" or not text_N.size or not text_N.dtype.itemsize:
+    if text_N.dtype.kind not in "US" or not text_N.size or not text_N.dtype.itemsize:
         return None
-    codes = np.ascontiguousarray(text_N).view(np.uint32).reshape(len(text_N), -1)
+    codes = np.ascontiguousarray(text_N).view(np.uint32 if text_N.dtype.kind == "U" else np.uint8)
+    codes = codes.reshape(len(text_N), -1)
     if codes.max() > 255:
         return None
     width = -(-codes.shape[1] // 8) * 8
-    letters = np.zeros((len(codes), width), np.uint8)
-    letters[:, : codes.shape[1]] = codes
+    if codes.dtype == np.uint8 and codes.shape[1] == width:
+        letters = codes
+    else:
+        letters = np.zeros((len(codes), width), np.uint8)
+        letters[:, : codes.shape[1]] = codes
     return letters.view(">u8").astype(np.uint64)
+
+
+def as_text(values: np.ndarray) -> np.ndarray:
+    """Texts as numpy holds them: ASCII bytes as they are, anything else as `str`."""
+    values = np.asarray(values)
+    return values if values.dtype.kind == "S" else values.astype(str, copy=False)

@@ -17,7 +17,7 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import CURVATURE_COLUMNS, TargetGeometry, curvature_columns
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import CandidateSet, Selector
-from selection_ops.selectors.ordering import first_equal, text_order
+from selection_ops.selectors.ordering import as_text, first_equal, text_order
 from selection_ops.selectors.outliers import find_outliers
 from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.settings import Budget, SelectorSettings
@@ -66,12 +66,12 @@ class Problem:
     @spent("pool")
     def _find_pool(self) -> None:
         candidates = self.candidates
-        sample_id = np.asarray(candidates.sample_id).astype(str, copy=False)
-        content_id = np.asarray(candidates.content_id).astype(str, copy=False)
+        sample_id = as_text(candidates.sample_id)
+        content_id = as_text(candidates.content_id)
         order_N, repeats_N = text_order(sample_id)
         if repeats_N.any():
             twice = sample_id[order_N[int(repeats_N.argmax())]]
-            raise InputError(f"sample id {twice} occurs more than once; ids must be unique")
+            raise InputError(f"sample id {np.str_(twice.astype(str))} occurs more than once; ids must be unique")
         reason_N = np.full(len(candidates), "", dtype=object)
         if candidates.excluded_N is not None:
             excluded_N = np.asarray(candidates.excluded_N, dtype=object)
@@ -92,11 +92,13 @@ class Problem:
         free_n = order_N[(reason_N == "")[order_N]]
         # Pool order is id order, so the first of equal contents is the representative.
         representative_n = first_equal(content_id[free_n])
-        copy_n = (representative_n != np.arange(len(free_n))) & (content_id[free_n] != "")
-        for position in np.flatnonzero(copy_n):
-            reason_N[free_n[position]] = f"duplicate_of {sample_id[free_n[representative_n[position]]]}"
+        copy_n = (representative_n != np.arange(len(free_n))) & (np.char.str_len(content_id[free_n]) > 0)
+        copies_n = np.flatnonzero(copy_n)
+        originals = sample_id[free_n[representative_n[copies_n]]].astype(str)
+        for index, original in zip(free_n[copies_n], originals):
+            reason_N[index] = f"duplicate_of {original}"
         self.duplicates = int(copy_n.sum())
-        self.sample_id = sample_id
+        self._sample_id = sample_id
         self.reason_N = reason_N
         pool_n = free_n[~copy_n]
         # After the duplicates, so that copies do not move a quantile.
@@ -115,6 +117,11 @@ class Problem:
         other.settings = settings
         other._columns = {"__fresh__": np.empty(0)}
         return other
+
+    @property
+    def sample_id(self) -> np.ndarray:
+        """Ids of all candidates, as texts."""
+        return self._sample_id.astype(str, copy=False)
 
     @property
     def geometry(self) -> TargetGeometry:
@@ -136,6 +143,13 @@ class Problem:
     def norm_n(self) -> np.ndarray:
         """sketch_norm of the pool, float64."""
         return self.candidates.norm_N[self.pool_n].astype(np.float64)
+
+    @property
+    def square_n(self) -> np.ndarray:
+        """Squared norm of the unit rows of the pool as stored."""
+        if self.square_N is None:
+            raise InputError("squared norms of sketches were asked for, and only scalar columns were kept")
+        return self.square_N[self.pool_n]
 
     @property
     def scale_n(self) -> np.ndarray:

@@ -121,21 +121,27 @@ def solve_threshold(c_n: np.ndarray, feasible: FeasibleSet) -> ThresholdSolution
         return _solution(c_n, feasible, best, best, mu=0.0, smallest=smallest)
 
     # Invariant: `high` is dear (cost above the limit), `low` is cheap; both maximise c - mu cost for some mu.
+    size_of_c_n = np.abs(c_n)
+
+    def measured(vertex_n: np.ndarray) -> tuple[float, float, float]:
+        return float(c_n @ vertex_n), float(cost_n @ vertex_n), float(size_of_c_n @ vertex_n)
+
     high, low, mu = best, cheap, 0.0
+    at_high, at_low = measured(high), measured(low)
+    price_n = np.empty_like(c_n)
     for _ in range(_MAX_CUTS):
-        value_high, value_low = float(c_n @ high), float(c_n @ low)
-        cost_high, cost_low = float(cost_n @ high), float(cost_n @ low)
-        mu = max(0.0, (value_high - value_low) / (cost_high - cost_low))
-        trial = _fill(c_n - mu * cost_n, feasible)
-        cost_trial = float(cost_n @ trial)
-        value = float(c_n @ trial) - mu * cost_trial
-        line = value_high - mu * cost_high
-        if value - line <= _TIGHT * (abs(c_n) @ (high + low) + mu * (cost_high + cost_low)):
+        mu = max(0.0, (at_high[0] - at_low[0]) / (at_high[1] - at_low[1]))
+        np.multiply(cost_n, -mu, out=price_n)
+        price_n += c_n
+        trial = _fill(price_n, feasible)
+        at_trial = measured(trial)
+        gap = (at_trial[0] - mu * at_trial[1]) - (at_high[0] - mu * at_high[1])
+        if gap <= _TIGHT * (at_high[2] + at_low[2] + mu * (at_high[1] + at_low[1])):
             break
-        if cost_trial > limit:
-            high = trial
+        if at_trial[1] > limit:
+            high, at_high = trial, at_trial
         else:
-            low = trial
+            low, at_low = trial, at_trial
     if feasible.group_n is None:
         weights = _between(low, high, size_n, cost_n, limit)
     else:
@@ -179,7 +185,7 @@ def _can_spend(feasible: FeasibleSet) -> bool:
 def _fill(price_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
     """The fractional knapsack for one price: best price per unit of size first, floors before all, caps respected."""
     size_n, budget = feasible.size_n, feasible.budget
-    if feasible.group_n is None and budget == int(budget) and bool(np.all(size_n == 1.0)):
+    if _counts_samples(feasible):
         return _top(price_n, int(budget), positive=not feasible.equality)
     key_n = price_n / size_n
     wanted_n = np.ones(len(key_n), dtype=bool) if feasible.equality else key_n > 0.0
@@ -189,6 +195,8 @@ def _fill(price_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
 def _fill_cheapest(c_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
     """The weights of smallest cost, and among those of largest gain."""
     assert feasible.cost_n is not None
+    if feasible.equality and _counts_samples(feasible):
+        return _cheapest(feasible.cost_n, c_n, int(feasible.budget))
     unit_cost_n, unit_gain_n = feasible.cost_n / feasible.size_n, c_n / feasible.size_n
     order = np.lexsort((-unit_gain_n, unit_cost_n))
     wanted_n = np.ones(len(c_n), dtype=bool) if feasible.equality else (feasible.cost_n == 0.0) & (unit_gain_n > 0.0)
@@ -208,6 +216,27 @@ def _top(price_n: np.ndarray, count: int, *, positive: bool) -> np.ndarray:
         weights_n[ties] = 1.0
     if positive:
         weights_n[price_n <= 0.0] = 0.0
+    return weights_n
+
+
+def _counts_samples(feasible: FeasibleSet) -> bool:
+    """Whether a whole number of samples is to be chosen and nothing else matters, so that no order need be sorted out."""
+    budget = feasible.budget
+    return feasible.group_n is None and budget == int(budget) and bool(np.all(feasible.size_n == 1.0))
+
+
+def _cheapest(cost_n: np.ndarray, c_n: np.ndarray, count: int) -> np.ndarray:
+    """1 at the `count` smallest costs; among equal ones at the largest gains, then at the smallest positions."""
+    weights_n = np.zeros(len(cost_n))
+    if count >= len(cost_n):
+        weights_n[:] = 1.0
+    elif count > 0:
+        edge = np.partition(cost_n, count - 1)[count - 1]
+        below = cost_n < edge
+        weights_n[below] = 1.0
+        ties = np.flatnonzero(cost_n == edge)
+        ties = ties[np.argsort(-c_n[ties], kind="stable")]
+        weights_n[ties[: count - int(below.sum())]] = 1.0
     return weights_n
 
 
