@@ -14,7 +14,8 @@ The pool is a scored run of synthetic sketches (`pools.py`), written once into `
 Of each stand the seconds of the choice itself (`--bound False --two-fold False`) in `seconds`, and in `seconds_default` those
 with the diagnostics that are computed unless asked otherwise: the relaxed bound, and two selections more against the target's
 halves. `parts` says where they went: `read` (files, hashes, decoding), `product` (sketches by vectors), `threshold` (linear
-subproblems), `greedy`, `write` (the selection's own files), `other`. Medians over rounds. `peak_rss_gb` is the largest
+subproblems), `greedy`, `write` (the selection's own files), `other`. Medians over rounds. `cpu_seconds` are those of all
+threads: on a machine that other work shares, wall seconds are larger than on a free one and these are not. `peak_rss_gb` is the largest
 resident memory of the process, the sketches included.
 """
 
@@ -86,12 +87,14 @@ def run_case(run: Run, case: str, rows: int, diagnostics: bool) -> dict[str, Any
     shutil.rmtree(run.path(run.selection_folder(name)), ignore_errors=True)
     settings = SelectorSettings(**given, bound=diagnostics, two_fold=diagnostics)
     budget = Budget(samples=max(1, round(share * rows)))
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     report = run_select(run, name, SCORING, TARGET, budget, settings, columns_only=columns_only)
     seconds = time.perf_counter() - started
+    cpu = time.process_time() - cpu
     diagnosis = report.solution["diagnostics"]
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "parts": {name: round(value, 3) for name, value in report.seconds.items()},
         "peak_rss_gb": peak_rss_gb(),
         "selected": report.selected,
@@ -155,6 +158,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "seconds": {label: median(label, "seconds") for label in plain},
         "peak_rss_gb": {label: max(taken["peak_rss_gb"] for taken in runs[label]) for label in runs},
+        "cpu_seconds": {label: median(label, "cpu_seconds") for label in runs},
         "seconds_default": {
             label.removesuffix("_default"): median(label, "seconds") for label in runs if label not in plain
         },

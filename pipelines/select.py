@@ -66,8 +66,9 @@ def run_select(
     started = time.perf_counter()
     with counted() as seconds:
         report = _select(run, name, scoring, target, budget, settings, keep_overlapping, columns_only)
-    seconds["other"] = time.perf_counter() - started - sum(seconds.values())
-    seconds["total"] = time.perf_counter() - started
+    total = time.perf_counter() - started
+    seconds["other"] = total - sum(seconds.values())
+    seconds["total"] = total
     return dataclasses.replace(report, seconds=seconds)
 
 

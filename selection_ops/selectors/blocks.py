@@ -15,9 +15,9 @@ from selection_ops.selectors.rounding import meets
 from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.threshold import FeasibleSet
 
-FIRST_BLOCK = 256
-GROWTH = 1.3
-"""Blocks grow with what is summed already: the more that is, the less a block turns it."""
+FIRST_BLOCK = 16
+BLOCK_SHARE = 0.1
+"""A block over the rows taken before it: the more is summed already, the less a block turns the sum."""
 _SUMMED_ROWS = 256
 
 
@@ -52,7 +52,7 @@ def in_blocks(
     norm_sq_n = square_n * scale_n**2
     order: list[np.ndarray] = []
     squares: list[np.ndarray] = []
-    total, size = 0.0, float(FIRST_BLOCK)
+    total, size = 0.0, FIRST_BLOCK
     while left_n.size:
         norm = float(sum_K.norm())
         cross_n = np.zeros(len(left_n))
@@ -61,7 +61,7 @@ def in_blocks(
         value_n = np.empty(len(left_n))
         objective.values(total + alpha_n[left_n], norm**2 + 2.0 * cross_n + norm_sq_n[left_n], out=value_n)
         ranked = np.argsort(-value_n, kind="stable")
-        taken_n = left_n[ranked[: int(size)]]
+        taken_n = left_n[ranked[:size]]
         for start in range(0, len(taken_n), _SUMMED_ROWS):
             some_n = taken_n[start : start + _SUMMED_ROWS]
             z_nK = rows.gather_rows(unit_NK, index_n[some_n]).double().mul_(torch.from_numpy(scale_n[some_n])[:, None])
@@ -72,7 +72,7 @@ def in_blocks(
         order.append(taken_n)
         total += float(alpha_n[taken_n].sum())
         left_n = np.setdiff1d(left_n, taken_n, assume_unique=True)
-        size *= GROWTH
+        size = max(FIRST_BLOCK, int(BLOCK_SHARE * (len(index_n) - len(left_n))))
     order_n, square_m = np.concatenate(order), np.concatenate(squares)
     reached = np.empty(len(order_n))
     objective.values(np.cumsum(alpha_n[order_n]), square_m, out=reached)
