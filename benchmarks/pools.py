@@ -73,6 +73,11 @@ def feature_spec(k: int) -> FeatureSpec:
     )
 
 
+def pool_folder(below: Path, *, rows: int, k: int, part_rows: int) -> Path:
+    """Where a pool of these sizes is kept; another feature spec is another folder."""
+    return below / f"r{rows}-k{k}-p{part_rows}-{feature_spec(k).fingerprint[:8]}"
+
+
 def make_pool(folder: Path, *, rows: int, k: int, part_rows: int, seed: int = 0) -> Run:
     """Write the run, or open it where it stands finished."""
     run = Run.create(str(folder), corpus="synthetic", root="/nowhere")

@@ -26,7 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pools import make_pool
+from pools import make_pool, pool_folder
 from selection import Settings as SelectionSettings
 from selection import in_process, warm
 
@@ -94,7 +94,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     runs: dict[str, dict[int, dict[str, Any]]] = {case: {} for case in settings.cases}
     pool_bytes: dict[int, int] = {}
     for rows in settings.sizes:
-        folder = settings.folder / f"r{rows}-k{settings.k}-p{settings.part_rows}"
+        folder = pool_folder(settings.folder, rows=rows, k=settings.k, part_rows=settings.part_rows)
         make_pool(folder, rows=rows, k=settings.k, part_rows=settings.part_rows)
         pool_bytes[rows] = warm(folder)
         given = SelectionSettings(rows=rows, k=settings.k, part_rows=settings.part_rows, threads=settings.threads)

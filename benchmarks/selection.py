@@ -38,7 +38,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pools import SCORING, TARGET, make_pool
+from pools import SCORING, TARGET, make_pool, pool_folder
 
 from pipelines.select import run_select
 from schemas.run import Run
@@ -138,7 +138,7 @@ def warm(folder: Path) -> int:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures."""
-    folder = settings.folder / f"r{settings.rows}-k{settings.k}-p{settings.part_rows}"
+    folder = pool_folder(settings.folder, rows=settings.rows, k=settings.k, part_rows=settings.part_rows)
     torch.set_num_threads(settings.threads)
     make_pool(folder, rows=settings.rows, k=settings.k, part_rows=settings.part_rows)
     pool_bytes = warm(folder)

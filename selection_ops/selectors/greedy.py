@@ -76,6 +76,8 @@ def greedy(
         rank_m[~open_m] = -np.inf
         best = int(rank_m.argmax())
         if best not in columns:
+            # Only rows without a column, so that every batch is a full one: the product reads all rows for one as for many.
+            rank_m[list(columns)] = -np.inf
             likely = np.argpartition(-rank_m, min(COLUMN_BATCH, count - 1))[:COLUMN_BATCH]
             wanted = [best] + [int(j) for j in likely if open_m[j] and j != best and int(j) not in columns]
             wanted = wanted[:COLUMN_BATCH]
