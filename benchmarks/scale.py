@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import common
 from pools import make_pool, pool_folder
 from selection import Settings as SelectionSettings
 from selection import in_process, warm
@@ -117,24 +117,18 @@ def measure(settings: Settings) -> dict[str, Any]:
             case: exponent(sizes, [runs[case][rows]["peak_rss_gb"] for rows in sizes]) for case in settings.cases
         },
         "seconds": {case: {str(rows): runs[case][rows]["seconds"] for rows in sizes} for case in settings.cases},
-        "cpu_seconds": {case: {str(rows): runs[case][rows]["cpu_seconds"] for rows in sizes} for case in settings.cases},
-        "peak_rss_gb": {case: {str(rows): runs[case][rows]["peak_rss_gb"] for rows in sizes} for case in settings.cases},
+        "cpu_seconds": {
+            case: {str(rows): runs[case][rows]["cpu_seconds"] for rows in sizes} for case in settings.cases
+        },
+        "peak_rss_gb": {
+            case: {str(rows): runs[case][rows]["peak_rss_gb"] for rows in sizes} for case in settings.cases
+        },
         "bytes_per_million_rows": {str(rows): round(pool_bytes[rows] * 1e6 / rows) for rows in sizes},
         "k": settings.k,
         "plan": plan,
+        "environment": common.environment(settings),
     }
 
 
-def main() -> None:
-    """Measure and write."""
-    settings = tyro.cli(Settings)
-    result = json.dumps(measure(settings), indent=1)
-    if settings.out is None:
-        print(result)
-        return
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(result + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    common.main(Settings, measure, __doc__)

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import common
 from pools import SCORING, TARGET, make_pool, pool_folder
 
 from pipelines.select import run_select
@@ -166,19 +166,9 @@ def measure(settings: Settings) -> dict[str, Any]:
         "k": settings.k,
         "pool_bytes": pool_bytes,
         "runs": runs,
+        "environment": common.environment(settings),
     }
 
 
-def main() -> None:
-    """Measure and write."""
-    settings = tyro.cli(Settings)
-    result = json.dumps(measure(settings), indent=1)
-    if settings.out is None:
-        print(result)
-        return
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(result + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    common.main(Settings, measure, __doc__)
