@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo demo-full test test-slow test-all lint bench clean
+.PHONY: help demo demo-full test test-slow test-gpu test-all lint bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -27,6 +27,9 @@ test: $(READY) ## the quick tests (under 5 minutes, no download)
 
 test-slow: $(READY) ## the slow tests alone
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(READY) ## the tests that need an accelerator
+	$(BIN)/python -m pytest -q -m gpu
 
 test-all: $(READY) ## every test
 	$(BIN)/python -m pytest -q

@@ -1,7 +1,7 @@
 """The contract of a site type: which parameters of a module are attributed, and how its forward reports their factors.
 
-A new one is one file: subclass `SiteType`, decorate it with `@site_type(ModuleClass)` (or `@site_type()` where `matches` decides)
-and import the file before the model is scored. `parameters` names what is attributed. `forward` is what the module runs while
+A new one is one file: subclass `SiteType` and decorate it with `@site_type(ModuleClass)` (or `@site_type()` where `matches` decides).
+An installed package names the file among its entry points, group `lehr.site_types`; then every process of Lehr knows it. `parameters` names what is attributed. `forward` is what the module runs while
 an engine is open: it computes what the module computes, and tells the tape what the gradients of its parameters are made of.
 
 Legend: B samples, T tokens, O x I a matrix gradient, R projection rank, n numbers in a small parameter.
@@ -10,11 +10,15 @@ Legend: B samples, T tokens, O x I a matrix gradient, R projection rank, n numbe
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from schemas.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,7 @@ class SiteType:
         raise NotImplementedError
 
 
+ENTRY_POINTS = "lehr.site_types"
 _BY_CLASS: dict[type[nn.Module], type[SiteType]] = {}
 _BY_SUBSTANCE: list[type[SiteType]] = []
 
@@ -126,6 +131,19 @@ def site_type(kind: type[nn.Module] | None = None) -> Callable[[type[SiteType]],
         return found
 
     return register
+
+
+@functools.cache
+def load_installed() -> None:
+    """Import the site types that installed packages name. Raises `InputError` naming the package of one that cannot be."""
+    for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (point.name, point.value)):
+        try:
+            found.load()
+        except Exception as error:  # whatever a package of someone else's raises
+            package = found.dist.name if found.dist else "an installed package"
+            raise InputError(
+                f"site type {found.name!r} ({found.value}) of {package} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
 
 
 def type_of(module: nn.Module) -> type[SiteType] | None:

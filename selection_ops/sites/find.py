@@ -11,7 +11,15 @@ from typing import Any
 from schemas.errors import InputError
 from schemas.spec import Attribute, InputGroup, SmallSite
 from selection_ops.model import causal_model
-from selection_ops.sites.base import MatrixParameter, Parameter, SiteType, SmallParameter, known_types, type_of
+from selection_ops.sites.base import (
+    MatrixParameter,
+    Parameter,
+    SiteType,
+    SmallParameter,
+    known_types,
+    load_installed,
+    type_of,
+)
 from selection_ops.sites.embedding import Embedding
 from selection_ops.sites.expanded import MOST_NUMBERS, Expanded
 from selection_ops.sites.layout import CallLayout, Probe
@@ -151,6 +159,7 @@ def outside_blocks(model: Any) -> set[str]:
 
 def search(model: Any) -> ModelSites:
     """Every site of a model, found by two forwards of two samples of three tokens that differ in the second sample."""
+    load_installed()
     model = causal_model(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
