@@ -17,10 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import common
 from selection_ops.encoding import Encoded
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, make_policy

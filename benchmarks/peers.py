@@ -51,10 +51,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
-import scoring
-from common import say
-
+from benchmarks import common, scoring
+from benchmarks.common import say
 from selection_ops.batching import length_batches
 from selection_ops.model import default_attention, default_batch_tokens
 

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-import common
-from pools import make_pool, pool_folder
-from selection import Settings as SelectionSettings
-from selection import in_process, warm
+from benchmarks import common
+from benchmarks.pools import make_pool, pool_folder
+from benchmarks.selection import Settings as SelectionSettings
+from benchmarks.selection import in_process, warm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import common
 from schemas.spec import BatchLayout, DType
 from selection_ops.batching import Batch, collate, length_batches
 from selection_ops.encoding import Encoded
@@ -195,12 +195,12 @@ def peak_memory(settings: Settings, way: str) -> int:
     """Largest resident bytes of a process that does one round of one way of the float32 model."""
     given = {"model": settings.model, "samples": settings.samples, "batch_tokens": settings.batch_tokens}
     code = (
-        "import re, sys; sys.path.insert(0, sys.argv[1]); import torch; import scoring; torch.set_num_threads(1); "
+        "import re, sys; sys.path.insert(0, sys.argv[1]); import torch; from benchmarks import scoring; torch.set_num_threads(1); "
         f"scoring.side_of(scoring.Settings(**{given!r}, device='cpu'), 'float32').ways[{way!r}](); "
         # Not ru_maxrss, which knows of the process that this one was forked from.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parents[1])]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 

@@ -35,11 +35,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-import common
-from pools import SCORING, TARGET, make_pool, pool_folder
-
+from benchmarks import common
+from benchmarks.pools import SCORING, TARGET, make_pool, pool_folder
 from pipelines.select import run_select
 from schemas.run import Run
 from selection_ops.selectors import Budget, SelectorSettings
@@ -114,13 +112,13 @@ def peak_rss_gb() -> float:
 def in_process(settings: Settings, folder: Path, case: str, diagnostics: bool) -> dict[str, Any]:
     """`run_case` in a process of its own."""
     code = (
-        "import json, sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]; import torch, selection; "
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch; from benchmarks import selection; "
         f"torch.set_num_threads({settings.threads}); "
         f"run = selection.Run.open({str(folder)!r}); "
         f"print('RESULT', json.dumps(selection.run_case(run, {case!r}, {settings.rows}, {diagnostics})))"
     )
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code, str(here), str(here.parent)], capture_output=True, text=True)
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.rpartition("RESULT ")[2])

@@ -26,9 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
 import torch
 
+from benchmarks import common
 from pipelines.check_rows import StoredRow, draw_rows, draw_target
 from pipelines.options import CheckOptions, ScoringOptions
 from pipelines.scorer import load_encoder
