@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,12 +27,14 @@ from torch import nn
 from schemas.errors import InputError
 from schemas.spec import PROJECTION_VERSION, FeatureSpec, InputGroup, LossKind, SmallSite
 from selection_ops.batching import Batch
+from selection_ops.held import HeldBatch, HeldTape, hold_leaves
 from selection_ops.losses import HeadRoute, Watch
 from selection_ops.model import causal_model, evaluating
 from selection_ops.preconditioning import Preconditioner
 from selection_ops.projections import Fold, ProjectionSpec, input_signs, output_signs
 from selection_ops.recording import MatrixSite, ModuleTape, Records
-from selection_ops.sites import MatrixParameter, Site, find_sites, search
+from selection_ops.sites import MatrixParameter, Parameter, Site, find_sites, search
+from selection_ops.sites.expanded import Expanded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class SampleFeatures:
     loss_tokens_B: torch.Tensor
     sketch_BK: torch.Tensor
     grad_norm_B: torch.Tensor
+    held: HeldBatch | None = None
+    """What weighted gradients of the batch are formed from, where the engine holds it."""
 
 
 class GradientEngine:
@@ -56,7 +61,8 @@ class GradientEngine:
     read live: entering and leaving between optimizer steps is cheap.
 
     `input_groups` and `small_sites` are what to attribute (the linear maps of the blocks where neither is given); `k` 0 keeps every
-    site's numbers side by side. With a `preconditioner` sketches are of P * gradient. Raises `InputError` where the model lacks a site.
+    site's numbers side by side. With a `preconditioner` sketches are of P * gradient. With `hold`, `features` also keeps what the
+    weighted gradient of every trainable parameter is formed from later; `unheld` says of which parameters it cannot, and why. Raises `InputError` where the model lacks a site.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class GradientEngine:
         version: int = PROJECTION_VERSION,
         loss: LossKind = "sum",
         preconditioner: Preconditioner | None = None,
+        hold: bool = False,
     ) -> None:
         self.model = model = causal_model(model)
         self.loss = loss
@@ -78,6 +85,7 @@ class GradientEngine:
         self.small_sites = small_sites
         self._rank = proj_rank
         self._preconditioner = preconditioner
+        self._hold = hold
         self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
         self._found = search(model)
         known = {site.name: site for site in (*self._found.matrices, *self._found.small)}
@@ -92,8 +100,12 @@ class GradientEngine:
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._make_projections()
         self._route = HeadRoute(model)
-        self._head_tape: ModuleTape | None = None
+        self._head_tape: ModuleTape | HeldTape | None = None
         self._records: Records | None = None
+        self._held: HeldBatch | None = None
+        self.unheld = {
+            name: reason for name, reason in self._found.reasons.items() if model.get_parameter(name).requires_grad
+        }
         self._open: contextlib.ExitStack | None = None
 
     def _known(self, known: dict[str, Site], name: str) -> Site:
@@ -171,6 +183,29 @@ class GradientEngine:
             for path in sorted({*matrices, *small})
         }
 
+    def _held_tapes(self) -> dict[str, HeldTape]:
+        """What every module with trained parameters reports to; what is sketched is passed on."""
+        sketches = self._tapes()
+        parts: dict[str, dict[str, tuple[str, Parameter]]] = {}
+        for site in (*self._found.matrices, *self._found.small):
+            for path, local in site.uses:
+                kind = self._found.types[path]
+                own = (
+                    {}
+                    if kind is Expanded
+                    else {part.name: part for part in kind.parameters(self.model.get_submodule(path))}
+                )
+                parts.setdefault(path, {})[local] = site.parameter, own.get(local, site.shape)
+        return {
+            path: HeldTape(self._now_held, found, sketches.get(path), self._found.layouts[path])
+            for path, found in sorted(parts.items())
+        }
+
+    def _now_held(self) -> tuple[Records, HeldBatch]:
+        records = self._now()
+        assert self._held is not None
+        return records, self._held
+
     def _now(self) -> Records:
         if self._records is None:
             raise RuntimeError("a module of the model ran inside `with engine:` but outside of features()")
@@ -186,7 +221,8 @@ class GradientEngine:
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
             embedding = self.model.get_input_embeddings()
-            for path, tape in self._tapes().items():
+            tapes: Mapping[str, ModuleTape | HeldTape] = self._held_tapes() if self._hold else self._tapes()
+            for path, tape in tapes.items():
                 module = self.model.get_submodule(path)
                 if module is self._route.head:
                     self._head_tape = tape
@@ -224,13 +260,16 @@ class GradientEngine:
             device=batch.ids_BT.device,
             segments=batch.segments,
         )
+        self._held = held = HeldBatch(batch.samples, batch.ids_BT.shape[1], batch.segments) if self._hold else None
         try:
             with torch.enable_grad():
                 loss_B = self._route.sample_losses(batch, self._watch(batch, records))
                 loss_B.sum().backward()
+            if held is not None:
+                hold_leaves(records, held, {site.parameter: site.shape for site in self._found.small})
             records.collect_leaves()
         finally:
-            self._records = None
+            self._records = self._held = None
         flat_BS = records.flat(self._small_factors)
         loss_B = loss_B.detach().double()
         loss_tokens_B = batch.sum_by_sample(batch.loss_BT[:, 1:])
@@ -238,8 +277,9 @@ class GradientEngine:
             flat_BS = flat_BS / loss_tokens_B[:, None]
             loss_B = loss_B / loss_tokens_B
         return SampleFeatures(
-            loss_B=loss_B, loss_tokens_B=loss_tokens_B, sketch_BK=self._fold(flat_BS), grad_norm_B=flat_BS.norm(dim=1)
-        )
+            loss_B=loss_B, loss_tokens_B=loss_tokens_B, sketch_BK=self._fold(flat_BS), grad_norm_B=flat_BS.norm(dim=1),
+            held=held,
+        )  # fmt: skip
 
     def _watch(self, batch: Batch, records: Records) -> Watch | None:
         """What the head reports, whose logits never stand whole: its output's gradient is softmax - onehot(label)."""
@@ -249,7 +289,11 @@ class GradientEngine:
         sample_T = batch.sample_of_loss()
 
         def watch(part: slice, hidden_tI: torch.Tensor, softmax_tV: torch.Tensor, labels_t: torch.Tensor) -> None:
-            tape.head(records, hidden_tI, softmax_tV, labels_t, sample_T[part])
+            if isinstance(tape, HeldTape):
+                assert self._route.head is not None
+                tape.head(self._route.head, hidden_tI, softmax_tV, labels_t, sample_T[part])
+            else:
+                tape.head(records, hidden_tI, softmax_tV, labels_t, sample_T[part])
 
         return watch
 

@@ -38,11 +38,11 @@ class _Softmax:
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VI.dtype
         self.hidden_TI, self.weight_VI = hidden_TI.to(narrow), weight_VI.to(narrow)
         self._bias_V = None if bias_V is None else bias_V.to(narrow)
-        self._wide = _wide(narrow)
+        self.wide = _wide(narrow)
         self._chunk = min(CHUNK_TOKENS if kind == "cpu" else 4 * CHUNK_TOKENS, max(len(hidden_TI), 1))
         self._rows = min(_ROWS, self._chunk) if kind == "cpu" else self._chunk
         self._buffer_TV = hidden_TI.new_empty(self._chunk, len(weight_VI), dtype=narrow)
-        self._wide_TV = hidden_TI.new_empty(self._rows, len(weight_VI), dtype=self._wide)
+        self._wide_TV = hidden_TI.new_empty(self._rows, len(weight_VI), dtype=self.wide)
 
     def chunks(self, labels_T: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """(tokens, their losses, their softmax [t, V]); the softmax stands until the next chunk is asked for."""
@@ -52,12 +52,12 @@ class _Softmax:
             logits_tV = torch.mm(hidden_tI, self.weight_VI.T, out=self._buffer_TV[: len(hidden_tI)])
             if self._bias_V is not None:
                 logits_tV += self._bias_V
-            picked_t = logits_tV.gather(1, labels_T[part, None])[:, 0].to(self._wide)
-            largest_t = logits_tV.amax(1).to(self._wide)
+            picked_t = logits_tV.gather(1, labels_T[part, None])[:, 0].to(self.wide)
+            largest_t = logits_tV.amax(1).to(self.wide)
             top_t = torch.empty_like(largest_t)
             for row in range(0, len(logits_tV), self._rows):
                 block_rV = logits_tV[row : row + self._rows]
-                softmax_rV = torch.softmax(block_rV, 1, dtype=self._wide, out=self._wide_TV[: len(block_rV)])
+                softmax_rV = torch.softmax(block_rV, 1, dtype=self.wide, out=self._wide_TV[: len(block_rV)])
                 torch.amax(softmax_rV, 1, out=top_t[row : row + self._rows])
                 block_rV.copy_(softmax_rV)
             # log sum exp = largest logit - log of its probability, which is at least 1/V.
@@ -128,13 +128,7 @@ class _WeightedHeadLoss(torch.autograd.Function):
                 if hidden_grad_TI is not None:
                     pulled_tI = (softmax_tV @ head.weight_VI).sub_(head.weight_VI[labels_t])
                     hidden_grad_TI[part] = pulled_tI * weight_t1
-                weighted_tI = (head.hidden_TI[part] * weight_t1).to(head.hidden_TI.dtype)
-                if grad_VI is not None:
-                    grad_VI += softmax_tV.T @ weighted_tI
-                    grad_VI.index_add_(0, labels_t, -weighted_tI.to(grad_VI.dtype))
-                if grad_V is not None:
-                    grad_V += (weight_t1.to(softmax_tV.dtype).T @ softmax_tV)[0]
-                    grad_V.index_add_(0, labels_t, -weight_t1[:, 0].to(grad_V.dtype))
+                _add_head_gradient(grad_VI, grad_V, softmax_tV, head.hidden_TI[part], labels_t, weight_t1)
         ctx.save_for_backward(hidden_grad_TI, grad_VI, grad_V)
         ctx.mark_non_differentiable(losses_T)
         return (losses_T * weight_T).sum(), losses_T
@@ -143,6 +137,44 @@ class _WeightedHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         grads = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None)
+
+
+def head_gradient(
+    head: nn.Linear, name: str, hidden_TI: torch.Tensor, labels_T: torch.Tensor, weight_T: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the weighted sum of tokens' losses with respect to the head's `weight` [V, I] or `bias` [V], from hidden states."""
+    parameter = getattr(head, name)
+    gradient = torch.zeros_like(parameter)
+    made = _Softmax(hidden_TI, head.weight, head.bias)
+    with torch.no_grad(), torch.autocast(hidden_TI.device.type, enabled=False):
+        for part, _, softmax_tV in made.chunks(labels_T):
+            _add_head_gradient(
+                gradient if name == "weight" else None,
+                gradient if name == "bias" else None,
+                softmax_tV,
+                made.hidden_TI[part],
+                labels_T[part],
+                weight_T[part, None].to(made.wide),
+            )
+    return gradient
+
+
+def _add_head_gradient(
+    grad_VI: torch.Tensor | None,
+    grad_V: torch.Tensor | None,
+    softmax_tV: torch.Tensor,
+    hidden_tI: torch.Tensor,
+    labels_t: torch.Tensor,
+    weight_t1: torch.Tensor,
+) -> None:
+    """Add a chunk's share, sum of w (softmax - onehot(label)) hidden', to the gradients that are wanted."""
+    if grad_VI is not None:
+        weighted_tI = (hidden_tI * weight_t1).to(hidden_tI.dtype)
+        grad_VI += softmax_tV.T @ weighted_tI
+        grad_VI.index_add_(0, labels_t, -weighted_tI.to(grad_VI.dtype))
+    if grad_V is not None:
+        grad_V += (weight_t1.to(softmax_tV.dtype).T @ softmax_tV)[0]
+        grad_V.index_add_(0, labels_t, -weight_t1[:, 0].to(grad_V.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -137,7 +137,7 @@ class Records:
     def collect_leaves(self) -> None:
         """Take the gradients of the copies of parameters that samples had of their own."""
         for name, samples, leaf in self.leaves:
-            if leaf.grad is not None:
+            if leaf.grad is not None and name in self.small:
                 self.small[name][samples] += leaf.grad.to(self.dtype).reshape(1, -1)
         self.leaves.clear()
 
@@ -190,7 +190,7 @@ class ModuleTape:
             left_BtR = records.split(samples, left, axis, zero=True)
             records.add(site, samples, left_BtR, records.split(samples, right, axis))
 
-        _on_gradient(output, arrive)
+        on_gradient(output, arrive)
 
     def _exactly(self, site: MatrixSite, records: Records, output: torch.Tensor, inputs: torch.Tensor) -> None:
         """As `outer`, with the input kept until backward."""
@@ -201,7 +201,7 @@ class ModuleTape:
             delta_nO = records.split(samples, delta, axis, zero=True).flatten(0, 1)
             records.add_exactly(site, samples, delta_nO, held_BtI.flatten(0, 1), sample_n)
 
-        _on_gradient(output, arrive)
+        on_gradient(output, arrive)
 
     def _projected(self, records: Records, site: MatrixSite, inputs: torch.Tensor) -> torch.Tensor:
         held = records.projected.get(site.input)
@@ -226,7 +226,7 @@ class ModuleTape:
             left_BtR = records.split(samples, site.out_signs_OR[row_BT], axis)
             records.add(site, samples, left_BtR, records.split(samples, right_BTR, axis, zero=True))
 
-        _on_gradient(output, arrive)
+        on_gradient(output, arrive)
 
     def routed(self, name: str, output_nO: torch.Tensor, inputs_nI: torch.Tensor, token_n: torch.Tensor) -> None:
         """See `Tape.routed`."""
@@ -238,7 +238,7 @@ class ModuleTape:
         sample_n = token_n // records.length if segments is None else segments.sample_T[token_n]
         if site.exact_OI is not None:
             held_nI = inputs_nI.detach()
-            _on_gradient(output_nO, lambda delta_nO: records.add_exactly(site, samples, delta_nO, held_nI, sample_n))
+            on_gradient(output_nO, lambda delta_nO: records.add_exactly(site, samples, delta_nO, held_nI, sample_n))
             return
         right_nR = inputs_nI.detach() @ site.in_signs_IR
 
@@ -246,7 +246,7 @@ class ModuleTape:
             left_nR = delta_nO @ site.out_signs_OR.to(delta_nO.dtype)
             records.add_rows(site, samples, left_nR, right_nR, sample_n)
 
-        _on_gradient(output_nO, arrive)
+        on_gradient(output_nO, arrive)
 
     def small(self, name: str, output: torch.Tensor, gradient_Bn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """See `Tape.small`."""
@@ -260,7 +260,7 @@ class ModuleTape:
             wide_BtO = records.split(samples, delta, axis, zero=True).to(records.dtype)
             records.small[site][samples] += gradient_Bn(wide_BtO)
 
-        _on_gradient(output, arrive)
+        on_gradient(output, arrive)
 
     def head(
         self,
@@ -349,7 +349,9 @@ def _rows(leaf: Any, place: str, sample: int, size: int, segments: Segments | No
     return leaf[sample * each : (sample + 1) * each]
 
 
-def _on_gradient(output: torch.Tensor, arrive: Callable[[torch.Tensor], None]) -> None:
+def on_gradient(output: torch.Tensor, arrive: Callable[[torch.Tensor], None]) -> None:
+    """Call `arrive` with the gradient of an output when backward has made it."""
+
     def hook(delta: torch.Tensor) -> None:
         # Under autocast the output, and so its gradient, is narrower than the weights; and autocast must not narrow the
         # contraction over tokens.
