@@ -260,7 +260,7 @@ class GradientEngine:
             device=batch.ids_BT.device,
             segments=batch.segments,
         )
-        self._held = held = HeldBatch(batch.samples, batch.ids_BT.shape[1], batch.segments) if self._hold else None
+        self._held = held = HeldBatch(batch.ids_BT.shape[1], batch.segments) if self._hold else None
         try:
             with torch.enable_grad():
                 loss_B = self._route.sample_losses(batch, self._watch(batch, records))

@@ -29,8 +29,8 @@ _Form = Callable[[torch.Tensor], torch.Tensor]
 class HeldBatch:
     """What the weighted gradient of one batch can be formed from."""
 
-    def __init__(self, samples: int, length: int, segments: Segments | None) -> None:
-        self.samples, self._length, self._segments = samples, length, segments
+    def __init__(self, length: int, segments: Segments | None) -> None:
+        self._length, self._segments = length, segments
         self._forms: list[tuple[str, Parameter, _Form]] = []
         self._storage: dict[int, int] = {}
 
@@ -47,18 +47,21 @@ class HeldBatch:
             self._storage[storage.data_ptr()] = storage.nbytes()
 
     def rows(self, weight_B: torch.Tensor, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Weights of the rows [n] of a tensor of tokens, which lie along `axis`, once all but its last axis are one."""
+        """Weights of the rows [n] of a tensor of tokens, which lie along `axis`, once all but its last axis are one.
+
+        `weight_B` are those of the samples that the tensor is of: all, or the one that a module saw alone.
+        """
         count = tensor.shape[:-1].numel()
-        if self._segments is None:
-            return weight_B.repeat_interleave(count // self.samples)
+        if self._segments is None or len(weight_B) == 1:
+            return weight_B.repeat_interleave(count // len(weight_B))
         weight_T = weight_B[self._segments.sample_T]
         return (
             weight_T.repeat(count // len(weight_T)) if axis == 2 else weight_T.repeat_interleave(count // len(weight_T))
         )
 
     def tokens(self, weight_B: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
-        """Weights of flat tokens."""
-        if self._segments is None:
+        """Weights of flat tokens, as `rows`."""
+        if self._segments is None or len(weight_B) == 1:
             return weight_B[token_n // self._length]
         return weight_B[self._segments.sample_T[token_n]]
 
@@ -116,12 +119,13 @@ class HeldTape:
             self._sketches.outer(name, output, inputs)
         if name not in self._parts or not output.requires_grad:
             return
-        held, axis, inputs = self._now()[1], self._layout.axis, inputs.detach()
+        (records, held), axis, inputs = self._now(), self._layout.axis, inputs.detach()
+        samples = records.samples
 
         def arrive(delta: torch.Tensor) -> None:
             def form(weight_B: torch.Tensor) -> torch.Tensor:
                 shared = inputs.expand(delta.shape[0], *inputs.shape[1:]) if len(inputs) < len(delta) else inputs
-                weight_n = held.rows(weight_B, delta, axis)
+                weight_n = held.rows(weight_B[samples], delta, axis)
                 return _outer(delta.reshape(-1, delta.shape[-1]), shared.reshape(-1, shared.shape[-1]), weight_n)
 
             held.add(*self._parts[name], form, delta, inputs)
@@ -134,13 +138,14 @@ class HeldTape:
             self._sketches.lookup(name, output, row_BT, scale_BT)
         if name not in self._parts:
             return
-        held, axis = self._now()[1], self._layout.axis
+        (records, held), axis = self._now(), self._layout.axis
+        samples = records.samples
         parameter, part = self._parts[name]
         assert isinstance(part, MatrixParameter)
 
         def arrive(delta: torch.Tensor) -> None:
             def form(weight_B: torch.Tensor) -> torch.Tensor:
-                weight_n = held.rows(weight_B, delta, axis) * scale_BT.reshape(-1).to(weight_B.dtype)
+                weight_n = held.rows(weight_B[samples], delta, axis) * scale_BT.reshape(-1).to(weight_B.dtype)
                 kept = torch.nonzero(weight_n)[:, 0]
                 wide = _scalar(delta)
                 rows_nI = delta.reshape(-1, delta.shape[-1])[kept].to(wide) * weight_n[kept, None].to(wide)
@@ -157,11 +162,12 @@ class HeldTape:
             self._sketches.routed(name, output_nO, inputs_nI, token_n)
         if name not in self._parts or not output_nO.requires_grad:
             return
-        held, inputs_nI = self._now()[1], inputs_nI.detach()
+        (records, held), inputs_nI = self._now(), inputs_nI.detach()
+        samples = records.samples
 
         def arrive(delta_nO: torch.Tensor) -> None:
             def form(weight_B: torch.Tensor) -> torch.Tensor:
-                return _outer(delta_nO, inputs_nI, held.tokens(weight_B, token_n))
+                return _outer(delta_nO, inputs_nI, held.tokens(weight_B[samples], token_n))
 
             held.add(*self._parts[name], form, delta_nO, inputs_nI)
 
@@ -178,7 +184,7 @@ class HeldTape:
 
         def arrive(delta: torch.Tensor) -> None:
             found_Bn = gradient_Bn(records.split(samples, delta, axis, zero=True).to(records.dtype))
-            held.add(*self._parts[name], lambda weight_B: weight_B.to(found_Bn) @ found_Bn, found_Bn)
+            held.add(*self._parts[name], lambda weight_B: weight_B[samples].to(found_Bn) @ found_Bn, found_Bn)
 
         on_gradient(output, arrive)
 
@@ -218,5 +224,8 @@ def hold_leaves(records: Records, held: HeldBatch, parts: dict[str, Parameter]) 
     for name, samples, leaf in records.leaves:
         if leaf.grad is None or name not in parts:
             continue
-        gradient, sample = leaf.grad.reshape(-1), samples.start
-        held.add(name, parts[name], lambda w_B, g=gradient, i=sample: g * w_B[i].to(g.dtype), gradient)
+        held.add(name, parts[name], _one_sample(leaf.grad.reshape(-1), samples.start), leaf.grad)
+
+
+def _one_sample(gradient_n: torch.Tensor, sample: int) -> _Form:
+    return lambda weight_B: gradient_n * weight_B[sample].to(gradient_n.dtype)

@@ -63,8 +63,12 @@ def same(found: SampleFeatures, wanted: SampleFeatures, tolerance: float) -> Non
 
 def alone(engine: GradientEngine, items: list[Encoded]) -> SampleFeatures:
     found = [engine.features(collate([item])) for item in items]
-    names = ("loss_B", "loss_tokens_B", "sketch_BK", "grad_norm_B")
-    return SampleFeatures(**{name: torch.cat([getattr(part, name) for part in found]) for name in names})
+    return SampleFeatures(
+        loss_B=torch.cat([part.loss_B for part in found]),
+        loss_tokens_B=torch.cat([part.loss_tokens_B for part in found]),
+        sketch_BK=torch.cat([part.sketch_BK for part in found]),
+        grad_norm_B=torch.cat([part.grad_norm_B for part in found]),
+    )
 
 
 def phi_with_normalised_queries(dtype: torch.dtype, heads: int = 4) -> Any:
