@@ -66,8 +66,10 @@ class HeldBatch:
         return weight_B[self._segments.sample_T[token_n]]
 
     def add_weighted(self, weight_B: torch.Tensor, gradients: dict[str, torch.Tensor]) -> None:
-        """Add the gradient of sum_i w_i l_i to `gradients`, tensors in the shape of their parameters, by name."""
+        """Add the gradient of sum_i w_i l_i to `gradients`, tensors in the shape of their parameters, by name; others are left out."""
         for parameter, part, form in self._forms:
+            if parameter not in gradients:
+                continue
             found, out = form(weight_B), gradients[parameter]
             target = part.matrix(out) if isinstance(part, MatrixParameter) else out.view(-1)
             target += found.to(out.dtype)

@@ -99,6 +99,7 @@ class _Training:
             batch_tokens=settings.batch_tokens,
             dtype=ready.dtype,
             selection_weights=settings.selection_weights,
+            mode=ready.mode,
         )
         self.state = TrainerState(
             step=0,

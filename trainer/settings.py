@@ -49,6 +49,9 @@ class TrainSettings:
     """Upper bound of a weight, in units of the best uniform one."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site, for the sketches that a step compares."""
+    mode: str = "two-pass"
+    """How a step that compares forms its gradient: `two-pass` (forward and backward again over the kept), `one-pass` (from what the
+    candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where model and memory allow it)."""
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
@@ -115,6 +118,8 @@ class TrainSettings:
                 raise InputError(f"{field} must lie in [0, 1), not {getattr(self, field)}")
         if self.steps and self.token_budget:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
+        if self.mode not in ("two-pass", "one-pass", "auto"):
+            raise InputError(f"unknown mode {self.mode!r}: choose one of two-pass, one-pass, auto")
         if self.order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
         if self.evaluate not in ("both", "end", "never"):

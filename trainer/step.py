@@ -1,7 +1,8 @@
 """One optimizer step that chooses what it trains on: choose -> weight -> form the gradient -> clip -> optimizer.
 
-Two modes. `plain` (policies that need no sketches): one forward and backward over the kept. `two-pass`: the target's gradient
-and the candidates' sketches with the live weights, then the choice, then an ordinary weighted backward over the kept.
+Three modes. `plain` (policies that need no sketches): one forward and backward over the kept. `two-pass`: the target's gradient
+and the candidates' sketches with the live weights, then the choice, then an ordinary weighted backward over the kept. `one-pass`: the
+same, but the weighted gradient is formed from the factors that the candidates' backward had (`selection_ops/held.py`).
 Legend: N candidates, S kept, M target samples, K sketch dimension.
 """
 
@@ -12,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from schemas.spec import PROJECTION_VERSION
 from selection_ops.batching import collate, length_batches
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
+from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
+from selection_ops.model import causal_model
 from selection_ops.online.metrics import Geometry, Metric, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.preconditioning import adamw_preconditioner
+from selection_ops.sites import MatrixParameter, search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,44 @@ class StepResult:
 
 
 _DEFAULTS = PolicyOptions()
+Mode = Literal["one-pass", "two-pass"]
+
+
+def one_pass_refusal(model: Any) -> str:
+    """Why the gradient of a step cannot be formed from the factors of the pass that the choice was made from; empty where it can."""
+    model = causal_model(model)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "it has dropout, and the choice is made without"
+    if getattr(model, "is_gradient_checkpointing", False):
+        return "it checkpoints activations, whose factors are not kept"
+    missing = {
+        name: reason for name, reason in search(model).reasons.items() if model.get_parameter(name).requires_grad
+    }
+    if missing:
+        name, reason = next(iter(missing.items()))
+        return f"the factors of {len(missing)} parameters are not known, such as {name} ({reason})"
+    return ""
+
+
+def held_bytes_per_token(model: Any, dtype: str) -> int:
+    """Bytes that one pass holds of every token: inputs (shared ones once) and output gradients of the matrices of the blocks, and
+    what reaches embedding and head."""
+    model = causal_model(model)
+    found = search(model)
+    shapes = {site.name: site.shape for site in found.matrices if site.blocks}
+    numbers = 2 * model.get_input_embeddings().weight.shape[1]
+    for group in found.groups:
+        held = [shapes[name] for name in group.sites if name in shapes]
+        numbers += sum(shape.outputs for shape in held if isinstance(shape, MatrixParameter))
+        numbers += next((shape.inputs for shape in held if isinstance(shape, MatrixParameter)), 0)
+    return numbers * {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
+
+
+def require_one_pass(model: Any) -> None:
+    """Raises `InputError` with the reason where a step of this model takes two passes."""
+    reason = one_pass_refusal(model)
+    if reason:
+        raise InputError(f"{type(model).__name__} cannot be trained in one pass: {reason}. Use mode two-pass")
 
 
 class _Padding:
@@ -120,6 +162,7 @@ class OnlineStep:
         batch_tokens: int = 4096,
         dtype: str = "float32",
         selection_weights: bool = True,
+        mode: Mode = "two-pass",
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
@@ -137,9 +180,15 @@ class OnlineStep:
         self._device = self._parameters[0].device
         self._route = HeadRoute(model)
         self._engine: GradientEngine | None = None
+        self._mode = mode
+        self._held: list[tuple[list[int], HeldBatch]] = []
         self._weights: dict[str, nn.Parameter] = {}
         if self.policy.needs_sketches:
-            self._engine = GradientEngine(model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION)
+            if mode == "one-pass":
+                require_one_pass(model)
+            self._engine = GradientEngine(
+                model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
+            )
             self._weights = {site.parameter: model.get_parameter(site.parameter) for site in self._engine.matrix_sites}
 
     def step(
@@ -153,6 +202,7 @@ class OnlineStep:
         if not candidates:
             raise InputError("a step needs at least one candidate")
         number, padding = self.steps_taken + 1, _Padding()
+        self._held = []
         started = time.perf_counter()
         space: Geometry | None = None
         target_loss: float | None = None
@@ -180,18 +230,22 @@ class OnlineStep:
         loss = grad_norm = float("nan")
         clip_factor = 1.0
         if kept:
-            loss, kept_loss_S = self._backward(kept, weight_S, number, padding)
-            for index, value in zip(decision.kept, kept_loss_S):
-                loss_N[index] = value if loss_N[index] is None else loss_N[index]
+            if self._held:
+                loss = self._form(candidates, weight_N, loss_N, number)
+            else:
+                loss, kept_loss_S = self._backward(kept, weight_S, number, padding)
+                for index, value in zip(decision.kept, kept_loss_S):
+                    loss_N[index] = value if loss_N[index] is None else loss_N[index]
             grad_norm, clip_factor = self._clip_gradients(kept, number)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.steps_taken = number
+        self._held = []
         return StepResult(
             step=number,
             decision=decision,
             weight_N=tuple(weight_N),
-            mode="two-pass" if self._engine is not None else "plain",
+            mode=self._mode if self._engine is not None else "plain",
             metric=space.metric if space else "",
             loss=loss,
             target_loss=target_loss,
@@ -291,6 +345,8 @@ class OnlineStep:
                 padding.add(batch)
                 with self._arithmetic():
                     found = engine.features(collate(batch, device=self._device))
+                if found.held is not None:
+                    self._held.append((indices, found.held))
                 for place, index in enumerate(indices):
                     rows[index] = found.sketch_BK[place]
                     loss_N[index] = float(found.loss_B[place])
@@ -303,6 +359,26 @@ class OnlineStep:
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
         return sketch_NK, loss_N
+
+    def _form(
+        self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int
+    ) -> float:
+        """The gradient of the step loss sum w l / sum w n from held factors, into the parameters' `grad`; returns that loss."""
+        normaliser = sum(weight * item.loss_tokens for weight, item in zip(weight_N, candidates))
+        if normaliser <= 0:
+            kept = [item for item, weight in zip(candidates, weight_N) if weight]
+            raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(kept)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        named = {name: p for name, p in causal_model(self.model).named_parameters() if p.requires_grad}
+        gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        share_N = torch.tensor(weight_N, dtype=torch.float64, device=self._device) / normaliser
+        with torch.no_grad():
+            for indices, held in self._held:
+                if any(weight_N[index] for index in indices):
+                    held.add_weighted(share_N[torch.tensor(indices, device=self._device)], gradients)
+        for name, parameter in named.items():
+            parameter.grad = gradients[name]
+        return sum(weight * (loss or 0.0) for weight, loss in zip(weight_N, loss_N) if weight) / normaliser
 
     def _backward(
         self, items: Sequence[Candidate], weight_S: Tensor, number: int, padding: _Padding

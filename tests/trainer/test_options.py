@@ -307,6 +307,7 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
     [
         ({"policy": "best"}, "filter-then-weight, full, random"),
         ({"schedule": "exp"}, "linear, constant"),
+        ({"mode": "no-pass"}, "two-pass, one-pass, auto"),
         ({"metric": "opus"}, "use target or sgd"),
         ({"weights": "softmax"}, "nnls, uniform"),
         ({"filter_score": "best"}, "decrease"),
