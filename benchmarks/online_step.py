@@ -1,4 +1,4 @@
-"""An online two-pass step against a plain AdamW step on the same candidates, in the same process.
+"""An online step, in two passes and in one, against a plain AdamW step on the same candidates, in the same process.
 
     python benchmarks/online_step.py --out online_step.json
 
@@ -91,10 +91,17 @@ def measure(settings: Settings) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     shared: dict[str, Any] = {"batch_tokens": settings.candidates * settings.tokens, "dtype": "float32"}
     everything = slice(0, settings.candidates)
+
+    def stepping(mode: Any, precondition: Any) -> OnlineStep:
+        chosen = {"mode": mode, "precondition": precondition, "warmup_select": 1}
+        return OnlineStep(model, optimizer, KeepExactly(settings.keep), **chosen, **shared)
+
     ways = {
         "vanilla": (OnlineStep(model, optimizer, "full", **shared), everything),
         "vanilla_kept": (OnlineStep(model, optimizer, "full", **shared), slice(0, settings.keep)),
-        "two_pass": (OnlineStep(model, optimizer, KeepExactly(settings.keep), warmup_select=1, **shared), everything),
+        "two_pass": (stepping("two-pass", "exact"), everything),
+        "one_pass_sketched": (stepping("one-pass", "rank-one"), everything),
+        "one_pass_exact_direction": (stepping("one-pass", "exact"), everything),
     }
 
     def way(online: OnlineStep, offered: slice) -> Callable[[], common.Record]:
@@ -112,13 +119,13 @@ def measure(settings: Settings) -> dict[str, Any]:
         return run
 
     rounds = common.interleaved({name: way(*given) for name, given in ways.items()}, settings.rounds)
+    ratios = {}
+    for name in ("two_pass", "one_pass_sketched", "one_pass_exact_direction"):
+        for base, suffix in (("vanilla", ""), ("vanilla_kept", "_over_kept")):
+            ratios[f"{name}{suffix}"] = common.ratio(rounds, name, base, "wall_s")
+            ratios[f"{name}{suffix}_cpu"] = common.ratio(rounds, name, base)
     return {
-        "ratios": {
-            "two_pass": common.ratio(rounds, "two_pass", "vanilla", "wall_s"),
-            "two_pass_cpu": common.ratio(rounds, "two_pass", "vanilla"),
-            "two_pass_over_kept": common.ratio(rounds, "two_pass", "vanilla_kept", "wall_s"),
-            "two_pass_over_kept_cpu": common.ratio(rounds, "two_pass", "vanilla_kept"),
-        },
+        "ratios": ratios,
         "rounds": rounds,
         "environment": common.environment(settings),
     }

@@ -168,6 +168,10 @@ class GradientEngine:
         own = found.name if found.name in held.inputs else found.group
         return held.outputs[found.name], held.inputs[own], own
 
+    def precondition(self, preconditioner: Preconditioner | None) -> None:
+        """Take another preconditioner from the next time that the engine is entered."""
+        self._preconditioner, self._made_for = preconditioner, None
+
     def _tapes(self) -> dict[str, ModuleTape]:
         """What every module with attributed parameters reports to."""
         matrices: dict[str, dict[str, MatrixSite]] = {}

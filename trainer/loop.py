@@ -100,6 +100,7 @@ class _Training:
             dtype=ready.dtype,
             selection_weights=settings.selection_weights,
             mode=ready.mode,
+            precondition=settings.precondition,  # type: ignore[arg-type]
         )
         self.state = TrainerState(
             step=0,

@@ -52,6 +52,9 @@ class TrainSettings:
     mode: str = "two-pass"
     """How a step that compares forms its gradient: `two-pass` (forward and backward again over the kept), `one-pass` (from what the
     candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where model and memory allow it)."""
+    precondition: str = "exact"
+    """How the target's gradient passes the second moment, for metric `target`: `exact` (elementwise, on the whole gradient) or `rank-one`
+    (a separable fit, made anew at every step, folded into its sketch; less time)."""
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
@@ -120,6 +123,8 @@ class TrainSettings:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.mode not in ("two-pass", "one-pass", "auto"):
             raise InputError(f"unknown mode {self.mode!r}: choose one of two-pass, one-pass, auto")
+        if self.precondition not in ("exact", "rank-one"):
+            raise InputError(f"unknown value {self.precondition!r} of precondition: choose one of exact, rank-one")
         if self.order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
         if self.evaluate not in ("both", "end", "never"):

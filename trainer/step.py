@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import InputError, LehrError
-from schemas.spec import PROJECTION_VERSION
+from schemas.spec import PROJECTION_VERSION, PreconditionForm
 from selection_ops.batching import collate, length_batches
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
@@ -30,7 +30,7 @@ from selection_ops.online.metrics import Geometry, Metric, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from selection_ops.online.weights import effective_sample_size, normalise
-from selection_ops.preconditioning import adamw_preconditioner
+from selection_ops.preconditioning import Preconditioner, adamw_preconditioner, fit_rank_one
 from selection_ops.sites import MatrixParameter, search
 
 
@@ -163,6 +163,7 @@ class OnlineStep:
         dtype: str = "float32",
         selection_weights: bool = True,
         mode: Mode = "two-pass",
+        precondition: PreconditionForm = "exact",
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
@@ -180,7 +181,8 @@ class OnlineStep:
         self._device = self._parameters[0].device
         self._route = HeadRoute(model)
         self._engine: GradientEngine | None = None
-        self._mode = mode
+        self._mode, self._precondition = mode, precondition
+        self._target_engine: GradientEngine | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
         self._weights: dict[str, nn.Parameter] = {}
         if self.policy.needs_sketches:
@@ -189,6 +191,10 @@ class OnlineStep:
             self._engine = GradientEngine(
                 model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
+            if self.metric.needs_preconditioner and precondition == "rank-one":
+                self._target_engine = GradientEngine(
+                    model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION
+                )
             self._weights = {site.parameter: model.get_parameter(site.parameter) for site in self._engine.matrix_sites}
 
     def step(
@@ -281,6 +287,9 @@ class OnlineStep:
         """(metric that acts, sketch of the preconditioned gradient of the target's token mean, that mean)."""
         if not target:
             raise InputError("this policy compares candidates with target samples; give the step some")
+        acting = self._acting_metric()
+        if self._target_engine is not None and acting.needs_preconditioner:
+            return self._sketched_direction(self._target_engine, acting, target, number, padding)
         weights = list(self._weights.values())
         sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
@@ -295,13 +304,44 @@ class OnlineStep:
             total += float(loss.detach())
         if not math.isfinite(total):
             raise LehrError(f"step {number}: the loss of the target batch is {total}; nothing was updated")
-        metric = self._acting_metric()
+        metric = acting
         gradients = dict(zip(self._weights, sums))
         if metric.needs_preconditioner:
             for name, weight in self._weights.items():
                 gradients[name] = metric.precondition_target(gradients[name], self._preconditioner(weight))
         pieces = [engine.project_dense(site.name, gradients[site.parameter]).flatten() for site in engine.matrix_sites]
         return metric.name, torch.cat(pieces), total
+
+    def _sketched_direction(
+        self, engine: GradientEngine, metric: Metric, target: Sequence[Encoded], number: int, padding: _Padding
+    ) -> tuple[str, Tensor, float]:
+        """As `_target_direction`, through the rank-one fit of the preconditioner: no gradient of the target is formed."""
+        outputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
+        shapes = {site.name: site for site in engine.matrix_sites}
+        for group in engine.input_groups:
+            exact = []
+            for name in group.sites:
+                site = shapes[name]
+                assert isinstance(site.shape, MatrixParameter)
+                held = self._preconditioner(self._weights[site.parameter]) ** metric.target_power
+                exact.append(site.shape.matrix(held))
+            fit = fit_rank_one(exact, measured=False)
+            outputs.update(zip(group.sites, fit.outputs))
+            inputs[group.name] = fit.inputs
+        engine.precondition(Preconditioner(outputs=outputs, inputs=inputs))
+        tokens, total, direction_K = sum(sum(item.loss_mask) for item in target), 0.0, torch.zeros(())
+        with engine:
+            for indices in length_batches([len(item.ids) for item in target], self._batch_tokens):
+                batch = [target[index] for index in indices]
+                padding.add(batch)
+                with self._arithmetic():
+                    found = engine.features(collate(batch, device=self._device))
+                direction_K = direction_K.to(found.sketch_BK) + found.sketch_BK.sum(0) / tokens
+                total += float(found.loss_B.sum()) / tokens
+        if not math.isfinite(total):
+            raise LehrError(f"step {number}: the loss of the target batch is {total}; nothing was updated")
+        return metric.name, direction_K, total
 
     def _acting_metric(self) -> Metric:
         """The metric asked for, or `sgd` until the second moment has seen enough gradients."""

@@ -109,6 +109,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"proj_rank": 8},
         lambda a, b: a.decisions[0]["self_interaction"] != b.decisions[0]["self_interaction"],
     ),
+    "mode": (
+        {},
+        {"mode": "one-pass"},
+        # Another order of sums, the same step: float32 rounding over three steps.
+        lambda a, b: (
+            [{r["mode"] for r in x.steps} for x in (a, b)] == [{"two-pass"}, {"one-pass"}]
+            and a.losses() == pytest.approx(b.losses(), rel=1e-3)
+        ),
+    ),
+    "precondition": (
+        {"warmup_select": 1},
+        {"warmup_select": 1, "precondition": "rank-one"},
+        # In the first step the second moment has seen nothing, and the metric is sgd.
+        lambda a, b: (
+            a.steps[0]["update_target_cosine"] == pytest.approx(b.steps[0]["update_target_cosine"], rel=1e-4)
+            and a.steps[1]["metric"] == "target"
+            and a.steps[1]["update_target_cosine"] != b.steps[1]["update_target_cosine"]
+        ),
+    ),
     "selection_weights": (
         {"policy": "full"},
         {"policy": "full", "selection_weights": False},
@@ -307,6 +326,7 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
     [
         ({"policy": "best"}, "filter-then-weight, full, random"),
         ({"schedule": "exp"}, "linear, constant"),
+        ({"precondition": "half"}, "exact, rank-one"),
         ({"mode": "no-pass"}, "two-pass, one-pass, auto"),
         ({"metric": "opus"}, "use target or sgd"),
         ({"weights": "softmax"}, "nnls, uniform"),
@@ -325,3 +345,13 @@ def test_impossible_settings_are_refused(world: tuple[Run, Path], changes: dict[
     run, folder = world
     with pytest.raises(InputError, match=message):
         train(run, settings(folder, "x", **changes) if "name" not in changes else settings(folder, **changes))
+
+
+def test_auto_takes_one_pass_where_memory_allows_it(world: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided enters the spec, so that a resumed training cannot decide otherwise."""
+    run, folder = world
+    train(run, settings(folder, "auto-fits", policy="filter-then-weight", mode="auto"))
+    assert run.manifest("train", "auto-fits").spec["mode"] == "one-pass"
+    monkeypatch.setattr("trainer.prepare.held_bytes_per_token", lambda model, dtype: 2**40)
+    train(run, settings(folder, "auto-large", policy="filter-then-weight", mode="auto"))
+    assert run.manifest("train", "auto-large").spec["mode"] == "two-pass"
