@@ -94,7 +94,7 @@ def one_pass_refusal(model: Any) -> str:
     model = causal_model(model)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "it has dropout, and the choice is made without"
-    if getattr(model, "is_gradient_checkpointing", False):
+    if getattr(model, "is_activation_checkpointing", False):
         return "it checkpoints activations, whose factors are not kept"
     missing = {
         name: reason for name, reason in search(model).reasons.items() if model.get_parameter(name).requires_grad
