@@ -6,6 +6,7 @@ Workers read only the work units that hold selected rows; a shuffle by rank rang
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,8 +17,8 @@ from apache_beam.utils.shared import Shared
 from pipelines.geometry import read_target
 from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
-from pipelines.results import GatherResults, read_results
-from pipelines.runners import end_with_supervisor, run_job
+from pipelines.results import GatherResults, read_results, results_url
+from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
 from pipelines.scorer import load_encoder
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete, SourceChanged
@@ -91,9 +92,14 @@ class _UnitReader:
         self._run = Run.open(settings.run_url)
         self._encoder = load_encoder(self._run.scoring(settings.scoring), settings.location)
         self._heart = HeartbeatWriter(self._run, "export", settings.stream, attempt=settings.attempt)
+        self._one_at_a_time = threading.Lock()
 
     def read(self, unit: WorkUnit, wanted: tuple[_Wanted, ...]) -> list[RankedSample]:
         """The wanted samples of a unit. Raises `SourceChanged` naming file and row where a text is not the scored one."""
+        with self._one_at_a_time:
+            return self._read(unit, wanted)
+
+    def _read(self, unit: WorkUnit, wanted: tuple[_Wanted, ...]) -> list[RankedSample]:
         self._heart.unit(unit.unit_id)
         rows = {item.row for item in wanted}
         found: dict[tuple[int, int], Sample] = {}
@@ -221,6 +227,9 @@ def export(
     """
     if shard_samples < 1:
         raise InputError(f"shard_samples must be positive, not {shard_samples}")
+    refuse_unreachable(run, execution)
+    if model_hints(execution):
+        raise InputError("export runs no model, so it has no use for --accelerator and --min-ram")
     stream = check_name("stream", stream or selection)
     chosen = run.manifest("select", selection)
     plan = read_plan(run)
@@ -328,11 +337,11 @@ def _run_shards(
     execution: Execution,
     tick: Callable[[], None],
 ) -> tuple[ShardEntry, ...]:
-    results_url = run.path(f"{run.timings_folder('export', settings.stream)}/results.json")
-    job = ExportJob(settings=settings, elements=elements, results_url=results_url)
+    url = results_url(run, "export", settings.stream)
+    job = ExportJob(settings=settings, elements=elements, results_url=url)
     folder = run.path(settings.folder)
     run_job(job, execution, finished=lambda: len(list_names(folder, ".tar")), tick=tick)
-    records = read_results(results_url)
+    records = read_results(url)
     if "error" in records:
         raise SourceChanged(records["error"]["error"])
     shards = []

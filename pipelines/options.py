@@ -8,17 +8,31 @@ from typing import Literal
 from schemas.errors import InputError
 from schemas.spec import AppendEos, Attribute, BatchLayout, CorpusColumns, DType, LossKind, PreconditionForm
 
+_ENGINES = {
+    "local": "local",
+    "worker-pool": "worker-pool",
+    "dask": "dask",
+    "daskrunner": "dask",
+    "dataflow": "dataflow",
+    "dataflowrunner": "dataflow",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """Where a pipeline runs. Changes no result, so it stands in no spec."""
 
     runner: str = "local"
-    """`local`, or the name of any Beam runner (DataflowRunner, FlinkRunner, SparkRunner, a class path)."""
+    """`local`, `worker-pool`, `dask`, `dataflow`, or the name of any other Beam runner (FlinkRunner, SparkRunner, a class path);
+    docs/engines.md says what each needs."""
     workers: int = 0
-    """Local worker processes; 0 starts one per visible accelerator, or one per processor core as far as memory allows."""
+    """Worker processes, local or of a worker pool; 0 starts one per visible accelerator, or one per processor core as far as memory allows."""
     beam_options: tuple[str, ...] = ()
     """Further options for Beam, each as `--name=value`."""
+    accelerator: str = ""
+    """Dataflow: accelerator of the machines that run the model, as type:nvidia-l4;count:1;install-nvidia-driver."""
+    min_ram: str = ""
+    """Dataflow: least memory of the machines that run the model, as 32GB."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -26,6 +40,16 @@ class Execution:
         for option in self.beam_options:
             if not option.startswith("--"):
                 raise InputError(f"Beam option {option!r} must look like --name=value")
+        for name in ("accelerator", "min_ram"):
+            if getattr(self, name) and self.engine != "dataflow":
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for --runner dataflow; other workers use what their machine has"
+                )
+
+    @property
+    def engine(self) -> str:
+        """One name for each way to spell a runner that lehr knows by itself, else the runner as it was given."""
+        return _ENGINES.get(self.runner.rpartition(".")[2].lower(), self.runner)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

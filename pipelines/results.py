@@ -6,6 +6,7 @@ a manifest.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,13 @@ import apache_beam as beam
 import orjson
 
 from schemas.errors import LehrError, RunIncomplete
-from schemas.storage import read_bytes, write_whole
+from schemas.run import Run
+from schemas.storage import read_bytes, remove, write_whole
+
+
+def results_url(run: Run, stage: str, name: str) -> str:
+    """Where the records of one job go: a new place for each, so that no earlier job's are taken for them."""
+    return run.path(f"{run.timings_folder(stage, name)}/results-{uuid.uuid4().hex}.json")
 
 
 class _Write(beam.DoFn):
@@ -48,10 +55,12 @@ class GatherResults(beam.PTransform):
 
 
 def read_results(url: str) -> dict[str, dict[str, Any]]:
-    """Records by key. Raises `RunIncomplete` where the job did not get as far as writing them."""
+    """Records by key, once. Raises `RunIncomplete` where the job did not get as far as writing them."""
     try:
-        return {record["key"]: record for record in orjson.loads(read_bytes(url))}
+        records = {record["key"]: record for record in orjson.loads(read_bytes(url))}
     except (FileNotFoundError, ValueError) as error:
         raise RunIncomplete(
             "the pipeline ended before all its work was done; run the same command again to resume"
         ) from error
+    remove(url)
+    return records

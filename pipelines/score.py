@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -21,8 +22,8 @@ from pipelines.curvature import CurvatureView
 from pipelines.geometry import read_target
 from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
-from pipelines.results import GatherResults, read_results
-from pipelines.runners import end_with_supervisor, run_job
+from pipelines.results import GatherResults, read_results, results_url
+from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
 from pipelines.scorer import SampleScorer, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
@@ -62,11 +63,19 @@ class UnitScorer:
         self._scorer = SampleScorer(self.run, settings.scoring, settings.location, "candidate")
         self._views: dict[str, CurvatureView] = {}
         self._failed: LehrError | None = None
+        self._one_at_a_time = threading.Lock()
         self._listed = _listed_hashes(self.run, settings)
         self._heart = HeartbeatWriter(self.run, "score", settings.scoring, attempt=settings.attempt)
 
     def finish(self, unit: WorkUnit) -> dict[str, Any]:
-        """Make sure that every part of `unit` stands; returns its record for the driver, which holds errors as text."""
+        """Make sure that every part of `unit` stands; returns its record for the driver, which holds errors as text.
+
+        Threads of a process take turns: they share one model.
+        """
+        with self._one_at_a_time:
+            return self._attempt(unit)
+
+    def _attempt(self, unit: WorkUnit) -> dict[str, Any]:
         try:
             if self._failed is not None:
                 raise self._failed
@@ -214,12 +223,14 @@ class ScoreJob:
     settings: ScoreSettings
     units: tuple[WorkUnit, ...]
     results_url: str
+    hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Resource hints of the step that runs the model."""
 
     def build(self, pipeline: beam.Pipeline) -> None:
         (
             pipeline
             | "Units" >> beam.Create(list(self.units))
-            | "ScoreUnit" >> beam.ParDo(ScoreUnit(self.settings, Shared()))
+            | "ScoreUnit" >> beam.ParDo(ScoreUnit(self.settings, Shared())).with_resource_hints(**self.hints)
             | "Gather" >> GatherResults(self.results_url)
         )
 
@@ -266,6 +277,7 @@ def score(
 
     Raises `RunIncomplete` where units are missing at the end, and the units' own error where one failed.
     """
+    refuse_unreachable(run, execution)
     plan = read_plan(run)
     _, location = scoring_spec(run, scoring, options)
     targets = tuple(manifest.spec["target"] for manifest in run.targets(scoring))
@@ -313,9 +325,8 @@ def _run_units(
 ) -> dict[str, dict[str, Any]]:
     if not units:
         return {}
-    name = f"{settings.scoring}-{units[0].unit_id[:8]}-{len(units)}"
-    results_url = run.path(f"{run.timings_folder('score', settings.scoring)}/results-{name}.json")
-    job = ScoreJob(settings=settings, units=units, results_url=results_url)
+    url = results_url(run, "score", settings.scoring)
+    job = ScoreJob(settings=settings, units=units, results_url=url, hints=model_hints(execution))
     run_job(
         job,
         execution,
@@ -323,7 +334,7 @@ def _run_units(
         finished=lambda: _standing(run, settings.scoring, settings.targets, units),
         tick=tick,
     )
-    records = read_results(results_url)
+    records = read_results(url)
     failed = [records[unit.unit_id] for unit in units if records.get(unit.unit_id, {}).get("error")]
     if failed:
         raise _failure(failed, len(units))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -28,6 +29,13 @@ class ModelLocation:
     revision: str | None = None
     optimizer_state: str | None = None
     """Where the optimizer state of an exact preconditioner lies."""
+
+    def __post_init__(self) -> None:
+        # A worker, and the command that resumes, may have another working directory.
+        for name in ("model", "optimizer_state"):
+            place = getattr(self, name)
+            if place and os.path.exists(place):
+                object.__setattr__(self, name, os.path.abspath(place))
 
 
 def scoring_spec(run: Run, name: str, options: ScoringOptions) -> tuple[FeatureSpec, ModelLocation]:

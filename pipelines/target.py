@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -20,8 +21,8 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.geometry import full_sketches, write_spectrum
 from pipelines.options import Execution, ScoringOptions, TargetOptions
-from pipelines.results import GatherResults, read_results
-from pipelines.runners import end_with_supervisor, run_job
+from pipelines.results import GatherResults, read_results, results_url
+from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
 from pipelines.scorer import SampleScorer, Scored, load_encoder, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from pipelines.target_data import read_parts, refuse_overlap
@@ -80,10 +81,12 @@ class _ChunkScorer:
         self._scorer = SampleScorer(self._run, settings.scoring, settings.location, "target")
         name = f"{settings.target}.{settings.scoring}"
         self._heart = HeartbeatWriter(self._run, "target", name, attempt=settings.attempt)
+        self._one_at_a_time = threading.Lock()
 
     def finish(self, chunk: _Chunk) -> dict[str, Any]:
         try:
-            return self._finish(chunk)
+            with self._one_at_a_time:
+                return self._finish(chunk)
         except LehrError as error:
             self._heart.error(str(error))
             return {"key": chunk.key, "error": str(error)}
@@ -149,12 +152,13 @@ class _TargetJob:
     settings: _TargetSettings
     chunks: tuple[_Chunk, ...]
     results_url: str
+    hints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def build(self, pipeline: beam.Pipeline) -> None:
         (
             pipeline
             | "Chunks" >> beam.Create(list(self.chunks))
-            | "ScoreChunk" >> beam.ParDo(_ScoreChunk(self.settings, Shared()))
+            | "ScoreChunk" >> beam.ParDo(_ScoreChunk(self.settings, Shared())).with_resource_hints(**self.hints)
             | "Gather" >> GatherResults(self.results_url)
         )
 
@@ -192,6 +196,7 @@ def describe(
     this name was described from other data.
     """
     check_name("target", name)
+    refuse_unreachable(run, execution)
     spec, location = scoring_spec(run, scoring, scoring_options)
     encoder = load_encoder(spec, location)
     parts, rejects = read_parts(name, options, encoder)
@@ -276,8 +281,8 @@ def _score_chunks(
     run: Run, settings: _TargetSettings, chunks: tuple[_Chunk, ...], execution: Execution, tick: Callable[[], None]
 ) -> tuple[list[pa.Table], list[Reject]]:
     folder = f"{run.target_folder(settings.target, settings.scoring)}/chunks"
-    results_url = run.path(f"{run.timings_folder('target', f'{settings.target}.{settings.scoring}')}/results.json")
-    job = _TargetJob(settings=settings, chunks=chunks, results_url=results_url)
+    url = results_url(run, "target", f"{settings.target}.{settings.scoring}")
+    job = _TargetJob(settings=settings, chunks=chunks, results_url=url, hints=model_hints(execution))
     run_job(
         job,
         execution,
@@ -285,7 +290,7 @@ def _score_chunks(
         finished=lambda: len(list_names(run.path(folder), ".parquet")),
         tick=tick,
     )
-    records = read_results(results_url)
+    records = read_results(url)
     errors = list(dict.fromkeys(record["error"] for record in records.values() if record.get("error")))
     if errors:
         raise LehrError("\n".join(errors[:3]))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runners import _LOCK, _WORKER_LOST, explained
+from pipelines.engines.local import LOCK, WORKER_LOST
+from pipelines.runners import explained
 from schemas.errors import InputError, LehrError
 from tests.killing import ROOT
 
@@ -27,14 +28,14 @@ def test_a_busy_worker_ends_with_its_supervisor(tmp_path: Path) -> None:
     """Beam's own worker would finish its bundle first."""
     lock = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    environment = {**os.environ, _LOCK: str(tmp_path / "lock")}
+    environment = {**os.environ, LOCK: str(tmp_path / "lock")}
     worker = subprocess.Popen([sys.executable, "-c", _BUSY], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     try:
         assert worker.stdout is not None and worker.stdout.readline() == b"busy\n"
         with pytest.raises(subprocess.TimeoutExpired):
             worker.wait(0.5)
         os.close(lock)  # what the kernel does for a process that died
-        assert worker.wait(10) == _WORKER_LOST
+        assert worker.wait(10) == WORKER_LOST
     finally:
         worker.kill()
         worker.communicate()

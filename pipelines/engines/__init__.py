@@ -1,0 +1,1 @@
+"""Where a Beam job runs: this machine, a worker pool, a Dask cluster, Dataflow, any other Beam runner."""
