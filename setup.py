@@ -40,7 +40,14 @@ setup(
         "peft": ["peft>=0.17"],
         "gcp": ["apache-beam[gcp]>=2.77,<3"],
         "dask": ["apache-beam[dask]>=2.77,<3"],
-        "test": ["apache-beam[dask,gcp]>=2.77,<3", "peft>=0.17", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "scipy>=1.13"],
+        "test": [
+            "apache-beam[dask,gcp]>=2.77,<3",
+            "peft>=0.17",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "hypothesis>=6",
+            "scipy>=1.13",
+        ],
         "lint": ["ruff", "mypy"],
     },
 )

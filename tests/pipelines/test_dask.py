@@ -82,7 +82,7 @@ def test_every_stage_on_two_dask_workers_gives_the_same_bytes(
         assert pids_of(run, stage, name) and pids_of(run, stage, name) <= workers
     assert not parents & workers and os.getpid() not in workers
 
-    # One task for each chunk of the target, then for each unit: partitions 0 to n-1, over both workers.
+    # One task for each chunk of the target, then for each unit: partitions 0 to n-1, over both workers. (128 together would be one.)
     assert set().union(*before.values()) == set(range(3))
     assert len(after) == 2 and all(len(units) > expected.units // 8 for units in after.values())
     assert set().union(*after.values()) == set(range(expected.units))
@@ -112,7 +112,8 @@ def test_a_killed_dask_scheduler_is_status_75_and_the_same_command_resumes(
     cluster.scheduler.send_signal(signal.SIGKILL)
     assert process.poll() is None
     assert process.wait(timeout=60) == 75, log_of(run).read_text()[-4000:]
-    assert "run the same command again" in log_of(run).read_text()
+    told = " ".join(log_of(run).read_text().split())
+    assert "the Dask cluster was lost" in told and "run the same command again" in told
     assert not (run / "stages/score/base.json").exists()
     assert len(features_of(run)) < expected.units
     cluster.end()
@@ -133,14 +134,10 @@ def test_no_branch_is_dropped_and_a_lost_cluster_is_told(
     folder = tmp_path / "touched"
     folder.mkdir()
     execution = Execution(runner="dask", beam_options=(cluster.options[-1].removeprefix("--beam-options="),))
-    with cluster.client() as client:
-        client.get_task_stream()
-        run_job(TwoEnds(str(folder)), execution, finished=lambda: 0)
-        partitions = set().union(*tasks_by_worker(client).values())
+    run_job(TwoEnds(str(folder)), execution, finished=lambda: 0)
     names = [path.name.split("-") for path in folder.iterdir()]
     assert {(name, int(number)) for name, number, _ in names} == {(n, i) for n in ("first", "last") for i in range(300)}
     assert {int(pid) for _, _, pid in names} == cluster.worker_pids()
-    assert partitions >= set(range(300))  # an element each: the default of 128 together would be 3
 
     for nanny in cluster.nannies:
         end_service(nanny)
