@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
@@ -54,6 +56,7 @@ def run_on_dask(job: Job, beam_options: tuple[str, ...], tick: Callable[[], None
     def run() -> None:
         with _shuffles_over(min(2 * threads, _MOST_PARTITIONS)):
             result: Any = pipeline.run()
+        threading.Thread(target=_cancel_without_workers, args=(result,), daemon=True).start()
         try:
             result.wait_until_finish()
             lost = [future.status for future in result.futures if future.status != "finished"]
@@ -78,6 +81,22 @@ def run_on_dask(job: Job, beam_options: tuple[str, ...], tick: Callable[[], None
                 result.client.close(timeout=2)
 
     in_thread(run, tick)
+
+
+def _cancel_without_workers(result: Any) -> None:
+    """Cancel a job whose workers have all gone and do not come back: the scheduler would keep it forever."""
+    seen = time.monotonic()
+    with contextlib.suppress(
+        OSError, TimeoutError, RuntimeError, CancelledError
+    ):  # the job has ended, or the scheduler
+        while not all(future.done() for future in result.futures):
+            if result.client.nthreads():
+                seen = time.monotonic()
+            elif time.monotonic() - seen > _WORKERS_S:
+                log.warning("all Dask workers have gone, and none has come for %d s", _WORKERS_S)
+                result.cancel()
+                return
+            time.sleep(1)
 
 
 def _wait_for_workers(options: Any) -> int:

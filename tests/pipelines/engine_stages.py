@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import apache_beam as beam
@@ -115,13 +116,15 @@ class TwoEnds:
     """A job whose first end is not what the last transform needs."""
 
     folder: str
+    pause_s: float = 0.0
 
     def build(self, pipeline: beam.Pipeline) -> None:
         numbers = pipeline | beam.Create(list(range(300)))
-        _ = numbers | "First" >> beam.Map(_touch, self.folder, "first")
+        _ = numbers | "First" >> beam.Map(_touch, self.folder, "first", self.pause_s)
         _ = numbers | "Last" >> beam.Map(_touch, self.folder, "last")
 
 
-def _touch(number: int, folder: str, name: str) -> int:
+def _touch(number: int, folder: str, name: str, pause_s: float = 0.0) -> int:
+    time.sleep(pause_s)
     Path(folder, f"{name}-{number}-{os.getpid()}").touch()
     return number

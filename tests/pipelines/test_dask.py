@@ -16,7 +16,7 @@ from pipelines.engines import dask_cluster
 from pipelines.engines.dask_cluster import keep_all_ends
 from pipelines.options import Execution
 from pipelines.runners import run_job
-from schemas.errors import InputError, LehrError
+from schemas.errors import InputError, LehrError, RunIncomplete
 from schemas.run import Run
 from tests.clusters import DaskCluster, end_service, free_port, start_dask
 from tests.killing import finish, until
@@ -103,6 +103,22 @@ def test_a_killed_dask_worker_costs_no_byte(expected: Expected, cluster: DaskClu
 
 
 @pytest.mark.slow
+def test_a_job_that_has_lost_all_workers_ends(
+    cluster: DaskCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_cluster, "_WORKERS_S", 3)
+
+    def tick() -> None:
+        if any(tmp_path.glob("first-*")):
+            for nanny in cluster.nannies:
+                end_service(nanny)
+
+    execution = Execution(runner="dask", beam_options=(cluster.options[-1].removeprefix("--beam-options="),))
+    with pytest.raises(RunIncomplete, match="the Dask cluster was lost"):
+        run_job(TwoEnds(str(tmp_path), pause_s=0.2), execution, finished=lambda: 0, tick=tick)
+
+
+@pytest.mark.slow
 def test_a_killed_dask_scheduler_is_status_75_and_the_same_command_resumes(
     expected: Expected, cluster: DaskCluster, tmp_path: Path
 ) -> None:
@@ -141,6 +157,8 @@ def test_no_branch_is_dropped_and_a_lost_cluster_is_told(
 
     for nanny in cluster.nannies:
         end_service(nanny)
+    with cluster.client() as client:
+        until(lambda: not client.nthreads(), 60, "the scheduler misses its workers")
     monkeypatch.setattr(dask_cluster, "_WORKERS_S", 1)
     with pytest.raises(InputError, match="has no workers after 1 s; start some: dask worker tcp://"):
         run_job(TwoEnds(str(folder)), execution, finished=lambda: 0)
