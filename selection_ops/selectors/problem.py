@@ -24,6 +24,20 @@ from selection_ops.selectors.settings import Budget, SelectorSettings
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
 
+class NothingToChoose(InputError):
+    """None of the candidates may be chosen; `reason_N` says why, for each."""
+
+    reason_N: np.ndarray
+
+    @classmethod
+    def of(cls, reason_N: np.ndarray) -> NothingToChoose:
+        """With the reasons of all candidates."""
+        reasons = ", ".join(sorted({reason.split(" ")[0] for reason in reason_N}))
+        error = cls(f"none of the {len(reason_N)} candidates may be chosen ({reasons})")
+        error.reason_N = reason_N
+        return error
+
+
 class Problem:
     """Candidates, target, budget and settings, with the columns that selectors ask for, computed once."""
 
@@ -106,8 +120,7 @@ class Problem:
         reason_N[pool_n] = outlier_n
         self.pool_n: np.ndarray = pool_n[outlier_n == ""]
         if not self.pool_n.size:
-            reasons = ", ".join(sorted({reason.split(" ")[0] for reason in reason_N}))
-            raise InputError(f"none of the {len(candidates)} candidates may be chosen ({reasons})")
+            raise NothingToChoose.of(reason_N)
 
     def with_geometry(self, geometry: TargetGeometry, settings: SelectorSettings) -> Problem:
         """The same pool against another target; columns of the old one are dropped and computed anew when asked for."""
