@@ -15,10 +15,10 @@ import numpy as np
 from selection_ops.selectors.search import Bracket, Grid, ScalarRows, Terms, classify, cost_units, keys
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
-SAMPLE_ROWS = 1 << 14
+SAMPLE_ROWS = 1 << 15
 """Undecided rows that a guess is made from, over all groups."""
-EDGES = 512
-"""Edges of each group at each price."""
+EDGES = 256
+"""Edges of each group at each price, next to the threshold of the sample; half as many again lie far from it."""
 _SPREADS = (0.0, 0.25, 1.0, 3.0, 9.0)
 """Distances from the guess, in typical errors of a sample of its size."""
 _FACTORS = (1.0 / 256.0, 1.0 / 16.0, 1.0 / 3.0, 3.0, 16.0, 256.0, 2.0**16, 2.0**30)
@@ -96,43 +96,62 @@ def tags(text_N: np.ndarray) -> np.ndarray:
 
 
 def lay_grid(sample: Sample, bracket: Bracket, terms: Terms) -> Grid:
-    """Prices around the optimum of the sample, and for each of them edges with equal numbers of sampled keys between."""
-    mu_G = np.array([0.0]) if terms.limit is None else _prices(sample, bracket, terms)
-    edges_GDB = np.full((len(mu_G), terms.groups, EDGES), math.inf)
+    """Prices around the optimum of the sample, and for each of them edges around the thresholds that the sample has there."""
+    feasible = _feasible(sample, terms)
+    mu_G = np.array([0.0]) if terms.limit is None else _prices(sample, feasible, bracket, terms)
+    edges_GDB = np.full((len(mu_G), terms.groups, EDGES + EDGES // 2), math.inf)
     for g, mu in enumerate(mu_G):
         key_n = keys(sample.rows, float(mu), per_size=terms.per_size)
+        taken_n = solve_threshold(key_n * feasible.size_n, feasible).weights_n > 0.0
         for d in range(terms.groups):
-            key = np.unique(key_n[sample.rows.group_n == d])
-            if len(key) > EDGES:
-                key = key[np.linspace(0, len(key) - 1, EDGES).round().astype(np.int64)]
-            edges_GDB[g, d, : len(key)] = key
+            member_n = sample.rows.group_n == d
+            # Keys above and below the threshold, densest next to it, where the sample is most likely to be right.
+            above, below = np.unique(key_n[member_n & taken_n]), np.unique(key_n[member_n & ~taken_n])
+            edges = np.union1d(_nearest(above[::-1], EDGES // 2), _nearest(below[::-1], EDGES // 2))
+            if above.size:
+                edges = np.union1d(edges, _nearest(above, EDGES // 2))
+            edges_GDB[g, d, : len(edges)] = edges
     return Grid(mu_G=mu_G, edges_GDB=edges_GDB)
 
 
-def _prices(sample: Sample, bracket: Bracket, terms: Terms) -> np.ndarray:
+def _nearest(ranked: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of a sequence: its first ones, and then ever fewer."""
+    count = len(ranked)
+    if count > most:
+        ranked = ranked[np.unique(np.geomspace(1, count, most).round().astype(np.int64)) - 1]
+    return ranked
+
+
+def _feasible(sample: Sample, terms: Terms) -> FeasibleSet:
+    """What is left to the undecided rows, over the sample, of which every row stands for as many as there are to one."""
+    rows = sample.rows
+    held_D = np.bincount(rows.group_n, minlength=terms.groups)
+    size_n = rows.size_n * (sample.count_D / np.maximum(held_D, 1))[rows.group_n]
+    size_D = np.bincount(rows.group_n, size_n, minlength=terms.groups)
+    caps_D = np.maximum(terms.caps_D - sample.in_size_D, 0.0)
+    floors_D = np.minimum(np.maximum(terms.floors_D - sample.in_size_D, 0.0), np.minimum(size_D, caps_D))
+    budget = float(terms.budget - sample.in_size_D.sum())
+    return FeasibleSet(
+        size_n=size_n,
+        budget=max(budget, float(floors_D.sum())),
+        equality=False,
+        group_n=rows.group_n,
+        caps_D=caps_D,
+        floors_D=floors_D,
+    )
+
+
+def _prices(sample: Sample, feasible: FeasibleSet, bracket: Bracket, terms: Terms) -> np.ndarray:
     rows = sample.rows
     points = {bracket.mu_low}
     if math.isfinite(bracket.mu_high):
         points |= {bracket.mu_high, 0.5 * (bracket.mu_low + bracket.mu_high)}
     if len(rows) and rows.cost_n is not None and terms.limit is not None:
-        held_D = np.bincount(rows.group_n, minlength=terms.groups)
-        times_n = (sample.count_D / np.maximum(held_D, 1))[rows.group_n]
+        times_n = feasible.size_n / rows.size_n
         room = terms.limit - math.ldexp(sample.in_cost, -terms.shift)
-        feasible = FeasibleSet(
-            size_n=rows.size_n * times_n,
-            budget=0.0,
-            equality=False,
-            cost_n=rows.cost_n * times_n,
-            group_n=rows.group_n,
-            caps_D=terms.caps_D - sample.in_size_D,
-            floors_D=np.zeros(terms.groups),
-        )
-        total = float(feasible.size_n.sum())
-        budget = min(float(terms.budget - sample.in_size_D.sum()), total)
         error = 1.0 / math.sqrt(len(rows))
         for spread in sorted({sign * spread * error for spread in _SPREADS for sign in (-1.0, 1.0)}):
-            limit = room * (1.0 + spread)
-            at = replace(feasible, budget=max(budget, 0.0), limit=max(limit, 0.0))
+            at = replace(feasible, cost_n=rows.cost_n * times_n, limit=max(room * (1.0 + spread), 0.0))
             guess = solve_threshold(rows.gain_n * times_n, at).mu
             points.add(guess)
             if spread == 0.0:

@@ -240,20 +240,21 @@ def _thresholds(g: int, grid: Grid, counts: Counts, terms: Terms) -> tuple[np.nd
     """At one price: brackets of T_D, and the least and the most that the rows above them cost, in units."""
     above = [_above(counts.size_GDB[g, d], counts.in_size_D[d]) for d in range(terms.groups)]
     edges = [np.concatenate([[-math.inf], grid.edges_GDB[g, d], [math.inf]]) for d in range(terms.groups)]
-    low_nu, high_nu = _common(edges, above, terms)
+    low_nu, used_nu, high_nu = _common(edges, above, terms)
     if terms.positive:
-        low_nu, high_nu = max(low_nu, _ABOVE_ZERO), max(high_nu, _ABOVE_ZERO)
-    low_D, high_D = np.empty(terms.groups), np.empty(terms.groups)
+        low_nu, used_nu, high_nu = (max(nu, _ABOVE_ZERO) for nu in (low_nu, used_nu, high_nu))
+    low_D, used_D, high_D = np.empty(terms.groups), np.empty(terms.groups), np.empty(terms.groups)
     least = most = 0
     for d in range(terms.groups):
         floor, cap = float(terms.floors_D[d]), float(terms.caps_D[d])
-        floor_at = (math.inf, math.inf) if floor <= 0.0 else _crossing(edges[d], above[d], floor)
-        cap_at = _crossing(edges[d], above[d], cap)
+        floor_at = (math.inf,) * 3 if floor <= 0.0 else _crossing(edges[d], above[d], above[d], floor)
+        cap_at = _crossing(edges[d], above[d], above[d], cap)
         low_D[d] = max(cap_at[0], min(low_nu, floor_at[0]))
-        high_D[d] = max(cap_at[1], min(high_nu, floor_at[1]))
+        used_D[d] = max(cap_at[1], min(used_nu, floor_at[1]))
+        high_D[d] = max(cap_at[2], min(high_nu, floor_at[2]))
         cost = _above(counts.cost_GDB[g, d], counts.in_cost_D[d])
         least += int(cost[np.searchsorted(edges[d], high_D[d], side="left")])
-        at_low = np.searchsorted(edges[d], low_D[d], side="right") - 1
+        at_low = np.searchsorted(edges[d], used_D[d], side="right") - 1
         most += int(cost[at_low]) + int(above[d][at_low])
     return low_D, high_D, least, most
 
@@ -264,16 +265,20 @@ def _above(bin_B: np.ndarray, sure: int) -> np.ndarray:
     return np.concatenate([from_top, [0]]) + sure
 
 
-def _crossing(edges: np.ndarray, above: np.ndarray, amount: float) -> tuple[float, float]:
-    """(largest edge with more than the amount at or above it, smallest edge with less): the amount is used up between them.
+def _crossing(at: np.ndarray, least: np.ndarray, most: np.ndarray, amount: float) -> tuple[float, float, float]:
+    """Largest edges at or above which surely lies more than the amount, and at least it; smallest one with surely less.
 
-    Both strictly, so that the last row taken and the first one left out both stay between.
+    The first and the last keep the last row that is taken whole and the first one left out between them.
     """
-    more, less = np.flatnonzero(above > amount), np.flatnonzero(above < amount)
-    return float(edges[more[-1]]) if more.size else -math.inf, float(edges[less[0]]) if less.size else math.inf
+    more, enough, less = (np.flatnonzero(found) for found in (least > amount, least >= amount, most < amount))
+    return (
+        float(at[more[-1]]) if more.size else -math.inf,
+        float(at[enough[-1]]) if enough.size else -math.inf,
+        float(at[less[0]]) if less.size else math.inf,
+    )
 
 
-def _common(edges: list[np.ndarray], above: list[np.ndarray], terms: Terms) -> tuple[float, float]:
+def _common(edges: list[np.ndarray], above: list[np.ndarray], terms: Terms) -> tuple[float, float, float]:
     """The same for the price of the budget, which all groups share within their floors and caps."""
     at = np.unique(np.concatenate(edges))
     most_at, least_at = np.zeros(len(at)), np.zeros(len(at))
@@ -283,5 +288,4 @@ def _common(edges: list[np.ndarray], above: list[np.ndarray], terms: Terms) -> t
         lower = above_B[np.searchsorted(edges_B, at, side="left")]
         most_at += np.clip(upper, floor, terms.caps_D[d])
         least_at += np.clip(lower, floor, terms.caps_D[d])
-    more, less = np.flatnonzero(least_at > terms.budget), np.flatnonzero(most_at < terms.budget)
-    return float(at[more[-1]]) if more.size else -math.inf, float(at[less[0]]) if less.size else math.inf
+    return _crossing(at, least_at, most_at, terms.budget)

@@ -88,6 +88,11 @@ def instance(seed: int, rows: int = 0) -> tuple[ScalarRows, Terms, FeasibleSet]:
     return rows_, terms, feasible
 
 
+def limited(rows: int) -> tuple[ScalarRows, Terms, FeasibleSet]:
+    """The first instance with a limit."""
+    return next(found for found in (instance(seed, rows) for seed in range(30)) if found[1].limit is not None)
+
+
 def split(rows: ScalarRows, seed: int) -> list[np.ndarray]:
     """Positions of the rows of each place, in ascending order as `at` keeps them; some places are empty."""
     place = np.random.default_rng(seed).integers(0, 5, len(rows))
@@ -132,7 +137,7 @@ def few_edges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_edges")
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [*range(3), *(pytest.param(block, marks=pytest.mark.slow) for block in range(3, 12))])
 def test_scattered_rows_have_the_same_optimum(block: int) -> None:
     for seed in range(block * 100, block * 100 + 100):
         rows, terms, feasible = instance(seed)
@@ -164,7 +169,7 @@ def test_scattered_rows_have_the_same_optimum(block: int) -> None:
 @pytest.mark.usefixtures("few_edges")
 def test_what_is_sure_is_so_in_the_optimum_of_the_whole() -> None:
     decided = 0
-    for seed in range(2000, 2300):
+    for seed in range(2000, 2080):
         rows, terms, feasible = instance(seed)
         whole = solve_threshold(rows.gain_n, feasible)
         if not whole.feasible or len(np.unique(rows.gain_n)) < len(rows):
@@ -177,21 +182,26 @@ def test_what_is_sure_is_so_in_the_optimum_of_the_whole() -> None:
                 # The price itself is a quotient of sums, each good to some hundred roundings.
                 assert bracket.mu_low <= whole.mu * (1 + 1e-9) and whole.mu <= bracket.mu_high * (1 + 1e-9), seed
             decided += int((state != 0).sum())
-    assert decided > 10_000
+    assert decided > 3_000
 
 
 def test_three_rounds_leave_a_handful_of_many_rows() -> None:
-    for seed in (2, 9, 13):
+    seen = 0
+    for seed in range(30):
         rows, terms, _ = instance(seed, 60_000)
-        assert terms.limit is not None
+        if terms.limit is None or len(np.unique(rows.gain_n)) < 50_000:
+            continue
+        seen += 1
+        if seen > 3:
+            break
         left = [int((classify(rows, bracket, terms) == 0).sum()) for bracket, _ in rounds_of(rows, terms, 3, seed)]
-        # 512 edges in equal numbers: a few of 512 parts stay between, and a few times that for the price.
+        # A sample of 2^15 misses a threshold by about 1 / sqrt(2^15), or 0.6 % of the rows, and a price by as much.
         assert left[1] < 60_000 / 20 and left[3] < 60_000 / 100, left
+    assert seen > 3
 
 
 def test_histograms_and_samples_do_not_depend_on_the_order_of_places() -> None:
-    rows, terms, _ = instance(9, 5_000)
-    assert terms.limit is not None
+    rows, terms, _ = limited(5_000)
     names = np.array([f"id-{position:05d}" for position in range(len(rows))])
     tag_n = guesses.tags(names)
     bracket = first_bracket(terms)
@@ -209,7 +219,7 @@ def test_histograms_and_samples_do_not_depend_on_the_order_of_places() -> None:
 
 
 def test_keys_are_those_of_the_solver_and_fall_with_the_price() -> None:
-    rows, _, _ = instance(13, 2_000)
+    rows, _, _ = limited(2_000)
     assert rows.cost_n is not None
     prices = np.sort(np.random.default_rng(0).exponential(size=20))
     table = np.stack([keys(rows, float(mu), per_size=True) for mu in prices])
