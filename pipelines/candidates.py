@@ -123,7 +123,7 @@ def in_threads(work: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
 def sketch_array(rows: int, width: int) -> np.ndarray:
     """An uninitialised float16 array [rows, width]: in memory, or in an unlinked scratch file where it takes too much."""
     bytes_needed = 2 * rows * width
-    if bytes_needed <= MEMORY_SHARE * _available_bytes():
+    if bytes_needed <= MEMORY_SHARE * available_bytes():
         return np.empty((rows, width), np.float16)
     try:
         with tempfile.TemporaryFile(prefix="lehr-sketches-") as handle:
@@ -137,7 +137,7 @@ def sketch_array(rows: int, width: int) -> np.ndarray:
         ) from error
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     info = Path("/proc/meminfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -17,6 +17,7 @@ from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.manifest import Manifest, write_manifest
 from schemas.parquet import Footer, Part, write_table
 from schemas.run import Run, check_name
+from schemas.spec import FeatureSpec
 from schemas.storage import exists, sha256, write_whole
 from schemas.tables import table_schema
 from selection_ops.selectors import (
@@ -72,16 +73,31 @@ def run_select(
     return dataclasses.replace(report, seconds=seconds)
 
 
-def _select(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A selection before anything is read of its candidates."""
+
+    select_spec: dict[str, Any]
+    inputs: dict[str, str]
+    spec: FeatureSpec
+    score: Manifest
+    curvature: Manifest | None
+    data: TargetData | None
+
+
+def prepare(
     run: Run,
     name: str,
     scoring: str,
     target: str,
     budget: Budget,
     settings: SelectorSettings,
+    *,
     keep_overlapping: bool,
     columns_only: bool,
-) -> SelectReport:
+    engine: str = "",
+) -> Prepared:
+    """Check names and lineage; `InputError` where they do not fit, or where a selection of this name was made otherwise."""
     check_name("selection", name)
     if columns_only and get_selector(settings.selector).needs_sketches:
         raise InputError(
@@ -99,6 +115,8 @@ def _select(
     }
     if columns_only:
         select_spec["columns_only"] = True
+    if engine:
+        select_spec["engine"] = engine
     inputs = {"score": score.fingerprint}
     data: TargetData | None = None
     curvature: Manifest | None = None
@@ -111,12 +129,29 @@ def _select(
             )
         inputs |= {"curvature": curvature.fingerprint, "target": data.fingerprint}
     _refuse_other(run, name, select_spec)
-    pool = read_pool(run, score, curvature, spec, columns_only=columns_only)
+    return Prepared(select_spec=select_spec, inputs=inputs, spec=spec, score=score, curvature=curvature, data=data)
+
+
+def _select(
+    run: Run,
+    name: str,
+    scoring: str,
+    target: str,
+    budget: Budget,
+    settings: SelectorSettings,
+    keep_overlapping: bool,
+    columns_only: bool,
+) -> SelectReport:
+    ready = prepare(
+        run, name, scoring, target, budget, settings, keep_overlapping=keep_overlapping, columns_only=columns_only
+    )
+    spec, data = ready.spec, ready.data
+    pool = read_pool(run, ready.score, ready.curvature, spec, columns_only=columns_only)
     features = pool.columns
     candidates = candidate_set(features, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK)
     solution = select(candidates, data.geometry if data else None, budget, settings)
     record = _solution_record(settings, budget, candidates, solution, data)
-    return _write(run, name, select_spec, inputs, features, candidates, solution, record)
+    return _write(run, name, ready.select_spec, ready.inputs, features, candidates, solution, record)
 
 
 def _refuse_other(run: Run, name: str, select_spec: dict[str, Any]) -> None:
@@ -178,9 +213,11 @@ def _write(
     solution: Solution,
     record: dict[str, Any],
 ) -> SelectReport:
-    table = _selection_table(features, solution)
+    rank_N = np.full(features.num_rows, -1, np.int64)
+    rank_N[solution.order_n] = np.arange(len(solution.order_n))
+    table = selection_table(features, solution, rank_N)
     folder = run.selection_folder(name)
-    footer = Footer(schema="selection", spec=fingerprint(select_spec), inputs={"score": inputs["score"]})
+    footer = selection_footer(fingerprint(select_spec), inputs["score"])
     starts = range(0, max(table.num_rows, 1), PART_ROWS)
 
     def write(number: int) -> Part:
@@ -188,30 +225,48 @@ def _write(
         return write_table(run.url, f"{folder}/part-{number:05d}.parquet", rows, footer)
 
     parts = in_threads(write, range(len(starts)))
-    body = pretty_json(record)
-    write_whole(run.path(f"{folder}/solution.json"), body)
-    parts.append(Part(path=f"{folder}/solution.json", rows=0, bytes=len(body), sha256=sha256(body)))
     selected, tokens = len(solution.order_n), int(candidates.tokens_N[solution.order_n].sum())
+    summary = {"candidates": table.num_rows, "selected": selected, "tokens": tokens, "counts": record["counts"]}
+    return finish(run, name, select_spec, inputs, parts, record, summary)
+
+
+def finish(
+    run: Run,
+    name: str,
+    select_spec: dict[str, Any],
+    inputs: dict[str, str],
+    parts: list[Part],
+    record: dict[str, Any],
+    summary: dict[str, Any],
+) -> SelectReport:
+    """Write `solution.json`, then the manifest."""
+    path, body = f"{run.selection_folder(name)}/solution.json", pretty_json(record)
+    write_whole(run.path(path), body)
+    solution = Part(path=path, rows=0, bytes=len(body), sha256=sha256(body))
     manifest = Manifest(
-        stage="select",
-        name=name,
-        spec=select_spec,
-        inputs=inputs,
-        parts=tuple(parts),
-        summary={"candidates": table.num_rows, "selected": selected, "tokens": tokens, "counts": record["counts"]},
+        stage="select", name=name, spec=select_spec, inputs=inputs, parts=(*parts, solution), summary=summary
     )
     write_manifest(run.path(run.manifest_path("select", name)), manifest)
     return SelectReport(
-        name=name, selected=selected, tokens=tokens, solution=record, fingerprint=manifest.fingerprint, seconds={}
+        name=name,
+        selected=summary["selected"],
+        tokens=summary["tokens"],
+        solution=record,
+        fingerprint=manifest.fingerprint,
+        seconds={},
     )
 
 
-def _selection_table(features: pa.Table, solution: Solution) -> pa.Table:
+def selection_footer(footer_spec: str, score: str) -> Footer:
+    """The footer of every part; `footer_spec`: fingerprint of the select spec."""
+    return Footer(schema="selection", spec=footer_spec, inputs={"score": score})
+
+
+def selection_table(features: pa.Table, solution: Solution, rank: np.ndarray) -> pa.Table:
+    """A row per candidate with everything that decided it; `rank`: position in the selection, -1 where not selected."""
     count = features.num_rows
     schema = table_schema("selection")
-    rank = np.full(count, -1, np.int64)
     weight = np.zeros(count, np.float32)
-    rank[solution.order_n] = np.arange(len(solution.order_n))
     weight[solution.order_n] = solution.weights_n
     scores = {name: np.asarray(values, np.float64) for name, values in sorted(solution.scores.items())}
     main = scores.get("score", np.full(count, np.nan))

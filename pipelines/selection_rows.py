@@ -49,6 +49,7 @@ class UnitParts:
     index: int
     """Position among the units, from 0."""
     features: Part
+    """Scores and sketches."""
     curvature: Part | None = None
 
 
@@ -66,6 +67,8 @@ class SelectionTask:
     columns_only: bool = False
     rounds: int = 3
     """Rounds of every search."""
+    samples: int = 0
+    """Rows of all units together."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ class SelectionTask:
 class UnitRows:
     """The scalars of a unit. Arrays over n shrink as rows are left out; `reason_N` says why."""
 
-    index: int
+    unit: UnitParts
     reason_N: np.ndarray
     """Why a row may not be chosen, objects; empty where it may."""
     position_n: np.ndarray
@@ -99,11 +102,14 @@ class UnitRows:
     """Dropped once duplicates are known."""
     domain_tokens: Mapping[str, tuple[int, int]]
     """(rows, tokens) of all N rows, by domain."""
-    pool_domains: frozenset[str]
-    """Domains of the rows that may be chosen."""
 
     def __len__(self) -> int:
         return len(self.position_n)
+
+    @property
+    def index(self) -> int:
+        """Of the unit."""
+        return self.unit.index
 
     def kept(self, kept_n: np.ndarray, reasons: Mapping[int, str] | str) -> UnitRows:
         """Without the other rows, of which each has a reason, or all one."""
@@ -189,7 +195,7 @@ class SelectionContext:
         counted = _by_domain(candidates)
         # Copies are found among all units, later.
         candidates = dataclasses.replace(candidates, content_id=np.full(len(candidates), ""))
-        nothing: dict[str, Any] = {"index": unit.index, "domain_tokens": counted}
+        nothing: dict[str, Any] = {"unit": unit, "domain_tokens": counted}
         if not len(candidates):
             return _none(nothing, np.zeros(0, dtype=object))
         geometry = None if self.target is None else self.target.geometry
@@ -217,7 +223,7 @@ class SelectionContext:
             "grad_norm_outlier": task.settings.max_grad_norm_quantile,
         }
         return UnitRows(
-            index=unit.index,
+            unit=unit,
             reason_N=problem.reason_N,
             position_n=pool_n,
             sample_id_n=sample_id_n,
@@ -230,7 +236,6 @@ class SelectionContext:
             measures={name: MEASURES[name](candidates)[pool_n] for name, q in asked.items() if q is not None},
             content_id_n=content_id[pool_n],
             domain_tokens=counted,
-            pool_domains=frozenset(str(domain) for domain in set(domain_n)),
         )
 
 
@@ -239,7 +244,7 @@ def _none(known: Mapping[str, Any], reason_N: np.ndarray) -> UnitRows:
     return UnitRows(
         **known, reason_N=reason_N, position_n=empty, sample_id_n=np.zeros(0, "U1"), tag_n=np.zeros(0, np.uint64),
         gain_n=np.zeros(0), scale_n=np.zeros(0), tokens_n=empty, group_n=empty, cost_n=None, measures={},
-        content_id_n=np.zeros(0, "U1"), pool_domains=frozenset(),
+        content_id_n=np.zeros(0, "U1"),
     )  # fmt: skip
 
 

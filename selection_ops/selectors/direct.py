@@ -53,7 +53,7 @@ class Direct(Selector):
 
     def choose(self, problem: Problem) -> Choice:
         """See the class."""
-        refuse_few_targets(problem)
+        refuse_few_targets(self.name, problem.geometry, problem.settings)
         settings = problem.settings
         feasible, certificate = limited(problem, published=True)
         count = len(feasible.size_n)
@@ -127,7 +127,7 @@ class DirectSigned(Selector):
 
     def choose(self, problem: Problem) -> Choice:
         """See the class."""
-        refuse_few_targets(problem)
+        refuse_few_targets(self.name, problem.geometry, problem.settings)
         feasible, certificate = limited(problem)
         gain_n = gain_cosine(problem) * problem.scale_n
         solution = solve_threshold(gain_n, feasible)

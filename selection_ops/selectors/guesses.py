@@ -88,10 +88,12 @@ def tags(text_N: np.ndarray) -> np.ndarray:
     tag_N = np.zeros(len(words), np.uint64)
     for word_N in letters.view("<u8").T:
         # The finaliser of splitmix64.
-        tag_N = (tag_N ^ word_N) + np.uint64(0x9E3779B97F4A7C15)
-        tag_N = (tag_N ^ (tag_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        tag_N = (tag_N ^ (tag_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        tag_N ^= tag_N >> np.uint64(31)
+        mixed_N = (tag_N ^ word_N) + np.uint64(0x9E3779B97F4A7C15)
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed_N ^= mixed_N >> np.uint64(31)
+        # What numpy fills up short texts with changes nothing.
+        tag_N = np.where(word_N == 0, tag_N, mixed_N)
     return tag_N
 
 

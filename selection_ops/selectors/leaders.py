@@ -9,6 +9,7 @@ Shape legend: n rows of one place, D groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,23 +41,22 @@ class PlacedRows:
             position_n=self.position_n[index],
         )
 
-    def __add__(self, other: PlacedRows) -> PlacedRows:
-        """Both, in the order of ids: the order of ties."""
-        costs = None
-        if self.rows.cost_n is not None and other.rows.cost_n is not None:
-            costs = np.concatenate([self.rows.cost_n, other.rows.cost_n])
-        both = PlacedRows(
-            rows=ScalarRows(
-                gain_n=np.concatenate([self.rows.gain_n, other.rows.gain_n]),
-                size_n=np.concatenate([self.rows.size_n, other.rows.size_n]),
-                group_n=np.concatenate([self.rows.group_n, other.rows.group_n]),
-                cost_n=costs,
-            ),
-            sample_id_n=np.concatenate([self.sample_id_n, other.sample_id_n]),
-            place_n=np.concatenate([self.place_n, other.place_n]),
-            position_n=np.concatenate([self.position_n, other.position_n]),
-        )
-        return both.at(text_order(both.sample_id_n)[0])
+
+def in_order(pieces: Sequence[PlacedRows]) -> PlacedRows:
+    """All of them, in the order of ids: the order of ties."""
+    costs = [piece.rows.cost_n for piece in pieces]
+    both = PlacedRows(
+        rows=ScalarRows(
+            gain_n=np.concatenate([piece.rows.gain_n for piece in pieces]),
+            size_n=np.concatenate([piece.rows.size_n for piece in pieces]),
+            group_n=np.concatenate([piece.rows.group_n for piece in pieces]),
+            cost_n=None if any(cost is None for cost in costs) else np.concatenate(costs),  # type: ignore[arg-type]
+        ),
+        sample_id_n=np.concatenate([piece.sample_id_n for piece in pieces]),
+        place_n=np.concatenate([piece.place_n for piece in pieces]),
+        position_n=np.concatenate([piece.position_n for piece in pieces]),
+    )
+    return both.at(text_order(both.sample_id_n)[0])
 
 
 def room_of(terms: Terms, sure_D: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from schemas.errors import InfeasibleError, InputError
-from selection_ops.curvature import FEW_TARGETS, Spectrum
+from selection_ops.curvature import FEW_TARGETS, Spectrum, TargetGeometry
 from selection_ops.selectors.problem import Problem
+from selection_ops.selectors.settings import Budget, SelectorSettings
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
 
 
@@ -36,7 +37,8 @@ def limited(problem: Problem, *, published: bool = False) -> tuple[FeasibleSet, 
     else:
         mean_cost = float(cost_n.mean())
         if settings.stiff_limit_kind == "target":
-            mean_cost = _target_cost(problem, problem.geometry.empirical if published else problem.geometry.spectrum)
+            spectrum = problem.geometry.empirical if published else problem.geometry.spectrum
+            mean_cost = target_cost(settings.rows, spectrum, problem.geometry.sample_count)
         limit = settings.stiff_limit * mean_cost * samples
     feasible = problem.feasible(cost_n, limit)
     certificate: dict[str, Any] = {
@@ -50,33 +52,39 @@ def limited(problem: Problem, *, published: bool = False) -> tuple[FeasibleSet, 
     if not cheapest.feasible:
         smallest = cheapest.smallest_limit
         if settings.if_infeasible == "error":
-            raise InfeasibleError(
-                f"no {budget.amount} {budget.unit} have a stiff cost within the limit {limit:.6g}; the smallest feasible "
-                f"limit is {smallest:.6g}. Raise stiff_limit by a factor of {_factor(smallest, limit)}, give a smaller "
-                "budget, or set if_infeasible to raise"
-            )
+            raise infeasible(budget, limit, smallest)
         certificate["limit_raised_by"] = smallest / limit if limit > 0 else None
         certificate["limit"] = smallest
         feasible = replace(feasible, limit=smallest)
     return feasible, certificate
 
 
-def refuse_few_targets(problem: Problem) -> None:
+def infeasible(budget: Budget, limit: float, smallest: float) -> InfeasibleError:
+    """The error that names the limit, the smallest feasible one, and the ways out."""
+    return InfeasibleError(
+        f"no {budget.amount} {budget.unit} have a stiff cost within the limit {limit:.6g}; the smallest feasible "
+        f"limit is {smallest:.6g}. Raise stiff_limit by a factor of {_factor(smallest, limit)}, give a smaller "
+        "budget, or set if_infeasible to raise"
+    )
+
+
+def refuse_few_targets(selector: str, geometry: TargetGeometry, settings: SelectorSettings) -> None:
     """Stop the direct modes where the elbow and the limit would be noise."""
-    count = problem.geometry.sample_count
-    if count < FEW_TARGETS and not problem.settings.few_targets:
+    count = geometry.sample_count
+    if count < FEW_TARGETS and not settings.few_targets:
         raise InputError(
-            f"selector {problem.selector.name!r} needs at least {FEW_TARGETS} target samples, and this target has {count}: "
+            f"selector {selector!r} needs at least {FEW_TARGETS} target samples, and this target has {count}: "
             "its elbow and its stiff limit would be noise. Add target samples, use selector 'match', or insist with few_targets"
         )
 
 
-def _target_cost(problem: Problem, spectrum: Spectrum) -> float:
-    cost = spectrum.heldout_cost_sum if problem.settings.rows == "sum" else spectrum.heldout_cost_unit
+def target_cost(rows: str | None, spectrum: Spectrum, count: int) -> float:
+    """Held-out stiff cost of a target's samples, of full or of unit rows; InputError where there were too few to hold out."""
+    cost = spectrum.heldout_cost_sum if rows == "sum" else spectrum.heldout_cost_unit
     if not np.isfinite(cost):
         raise InputError(
             f"a stiff limit of kind 'target' needs at least 4 target samples to hold some out, and this target has "
-            f"{problem.geometry.sample_count}; use kind 'absolute' or 'pool'"
+            f"{count}; use kind 'absolute' or 'pool'"
         )
     return float(cost)
 
