@@ -31,7 +31,7 @@ COLUMN_BYTES = 1_200
 """Memory that a candidate takes in the in-memory path beside its sketch: columns, ids, texts, scores."""
 
 
-def choose_engine(run: Run, scoring: str, *, columns_only: bool) -> tuple[str, str]:
+def choose_engine(run: Run, scoring: str) -> tuple[str, str]:
     """`memory` or `beam`, and why: memory where the columns of all candidates take at most half of what is available.
 
     Sketches do not count: where they are too many, the in-memory path maps them from scratch.
@@ -145,7 +145,8 @@ def _units(ready: Prepared) -> tuple[UnitParts, ...]:
         if [part.rows for part in features] != [part.rows for part in ready.curvature.parts]:
             raise InputError("curvature columns are not those of the features, part by part; run `lehr score` again")
     return tuple(
-        UnitParts(index=index, features=one, curvature=other) for index, (one, other) in enumerate(zip(features, curvature))
+        UnitParts(index=index, features=one, curvature=other)
+        for index, (one, other) in enumerate(zip(features, curvature))
     )
 
 
@@ -163,10 +164,16 @@ def _finish(
             raise RunIncomplete("the selection is not written whole; run the same command again")
         part = Part(**record["part"])
         if part.rows != unit.features.rows:
-            raise RunIncomplete(f"{part.path} holds {part.rows} of {unit.features.rows} candidates; run the same command again")
+            raise RunIncomplete(
+                f"{part.path} holds {part.rows} of {unit.features.rows} candidates; run the same command again"
+            )
         parts.append(part)
         reasons.update(record["reasons"])
-        selected, tokens, weights = selected + record["selected"], tokens + record["tokens"], weights + record["weights"]
+        selected, tokens, weights = (
+            selected + record["selected"],
+            tokens + record["tokens"],
+            weights + record["weights"],
+        )
         for domain, (rows, size) in record["domains"].items():
             held = domains.setdefault(domain, [0, 0])
             held[0], held[1] = held[0] + rows, held[1] + size
@@ -224,7 +231,9 @@ def _diagnostics(
         found["target"] = geometry.summary()
         found["share_stiff"], found["share_flat"] = geometry.share_stiff, geometry.share_flat
         found["share_null"] = geometry.share_null
-        warnings += [text for text in geometry.warnings if "influence" not in text or "influence" in task.settings.selector]
+        warnings += [
+            text for text in geometry.warnings if "influence" not in text or "influence" in task.settings.selector
+        ]
     if task.columns_only:
         warnings.append("set cosines and effective rank need sketches, and only scalar columns were read")
     else:

@@ -219,19 +219,24 @@ def decide_linear(known: Known, sure: Sure, rest: Rest, limit: Limit, task: Sele
     feasible = remaining(known.terms, sure.size_D, sure.cost, rows)
     if len(undecided):
         solution = solve_threshold(rows.gain_n, feasible)
+        if limit.certificate.get("limit_raised_by") is not None:
+            # The room given to roundings is no room for gains: the optimum at the smallest limit is the cheapest vertex.
+            whole_m = solution.cheaper_n
+            gain, cost = float(rows.gain_n @ whole_m), float(_cost(rows.cost_n) @ whole_m)
+            solution = dataclasses.replace(solution, weights_n=whole_m, value=gain, cost=cost)
         chosen_m = round_solution(solution, feasible)
     else:
         solution, chosen_m = _nothing_left(known), np.zeros(0, dtype=bool)
     weights_m = solution.weights_n if task.settings.fractional else chosen_m.astype(np.float64)
     nu = solution.nu if np.isfinite(solution.nu) else None
-    cost = None if limit.value is None else sure.cost + float(_cost(rows.cost_n) @ chosen_m)
+    spent = None if limit.value is None else sure.cost + float(_cost(rows.cost_n) @ chosen_m)
     value = sure.gain + solution.value
     certificate = limit.certificate | {
         "mu": solution.mu,
         "nu": nu,
         "fractional": int(solution.fractional.size),
         "weight_sum": sure.rows + float(solution.weights_n.sum()),
-        "cost": cost,
+        "cost": spent,
         "cost_fractional": sure.cost + solution.cost,
         "objective_per_iteration": [value],
         "objective": sure.gain + float(rows.gain_n @ chosen_m),
@@ -297,7 +302,12 @@ def choice_of(element: tuple[int, UnitRows], known: Known, decision: Decision, c
         outside_n = np.flatnonzero(outside)
     chosen_n = np.flatnonzero(weight_n)
     return UnitChoice(
-        rows=rows, chosen_n=chosen_n, weight_n=weight_n[chosen_n], key_n=key_n[chosen_n], outside_n=outside_n, scores=scores
+        rows=rows,
+        chosen_n=chosen_n,
+        weight_n=weight_n[chosen_n],
+        key_n=key_n[chosen_n],
+        outside_n=outside_n,
+        scores=scores,
     )
 
 

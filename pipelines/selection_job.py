@@ -29,7 +29,6 @@ from pipelines.selection_decide import (
     decide_linear,
     decide_ranking,
     met_limit,
-    ranking_view,
     spendable,
     totals,
 )
@@ -95,7 +94,9 @@ class SelectionJob:
         known = search(rows, terms, view, "", task.rounds)
         sure = sure_of(rows, known, view, "")
         rest = leaders_of(rows, known, sure, view, "")
-        decision = rest | "Decide" >> beam.Map(_decide_ranking, AsSingleton(known), AsSingleton(sure), AsSingleton(total), task)
+        decision = rest | "Decide" >> beam.Map(
+            _decide_ranking, AsSingleton(known), AsSingleton(sure), AsSingleton(total), task
+        )
         return known, decision
 
     def _linear(
@@ -194,7 +195,9 @@ def _without_copies(rows: PCollection, places: int) -> PCollection:
     return {"rows": rows, "copies": copies} | "WithCopies" >> beam.CoGroupByKey() | "Uncopied" >> beam.Map(_uncopied)
 
 
-def _contents(element: tuple[int, UnitRows], places: int) -> Iterator[tuple[int, tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
+def _contents(
+    element: tuple[int, UnitRows], places: int
+) -> Iterator[tuple[int, tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
     index, rows = element
     assert rows.content_id_n is not None
     content_n = as_text(rows.content_id_n)
@@ -412,7 +415,5 @@ def _solution_record(decision: Decision, total: Totals, caps: dict[str, Any]) ->
         "pool": total.pool,
         "reasons": dict(total.reasons),
         "domains": {name: list(held) for name, held in sorted(total.domain_tokens.items())},
-        "caps": {
-            reason: cap | {"left_out": total.reasons.get(reason, 0)} for reason, cap in caps.items()
-        },
+        "caps": {reason: cap | {"left_out": total.reasons.get(reason, 0)} for reason, cap in caps.items()},
     }

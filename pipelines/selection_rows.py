@@ -152,6 +152,13 @@ class SelectionContext:
             task.settings, max_loss_quantile=None, max_grad_norm_quantile=None, quotas={}, floors={}
         )
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit on stiff cost."""
+        limit = self.task.settings.stiff_limit
+        limit = self.selector.default_stiff_limit if limit is None else limit
+        return limit is not None and not isinstance(self.selector, Ranking)
+
     def table(self, unit: UnitParts, *, everything: bool = False) -> pa.Table:
         """The unit's features but for the sketches, with its curvature columns; all of them or those that decide."""
         names = SCALARS
@@ -162,9 +169,7 @@ class SelectionContext:
             return features
         url = self.run.path(unit.curvature.path)
         data = part_buffer(self.run.url, unit.curvature)
-        return with_curvature(
-            features, decode_table(data, url, schema="curvature", spec=self.spec.fingerprint)[0]
-        )
+        return with_curvature(features, decode_table(data, url, schema="curvature", spec=self.spec.fingerprint)[0])
 
     def sketches(self, unit: UnitParts) -> torch.Tensor:
         """Unit sketches of all rows of the unit, float16 [N, K]; the hash of the part is verified."""
@@ -195,7 +200,11 @@ class SelectionContext:
         counted = _by_domain(candidates)
         # Copies are found among all units, later.
         candidates = dataclasses.replace(candidates, content_id=np.full(len(candidates), ""))
-        nothing: dict[str, Any] = {"unit": unit, "domain_tokens": counted}
+        nothing: dict[str, Any] = {
+            "unit": unit,
+            "domain_tokens": counted,
+            "cost_n": np.zeros(0) if self.limited else None,
+        }
         if not len(candidates):
             return _none(nothing, np.zeros(0, dtype=object))
         geometry = None if self.target is None else self.target.geometry
@@ -211,7 +220,7 @@ class SelectionContext:
             gain_n, scale_n = gain_cosine(problem), problem.scale_n
             if self.selector.name != "match":
                 gain_n = gain_n * scale_n
-            if problem.settings.stiff_limit is not None:
+            if self.limited:
                 cost_n = problem.column("stiff_cost") * scale_n**2
         domain_n = np.asarray(candidates.domain)[pool_n]
         group_n = np.zeros(len(pool_n), np.int64)
@@ -243,7 +252,7 @@ def _none(known: Mapping[str, Any], reason_N: np.ndarray) -> UnitRows:
     empty = np.zeros(0, np.int64)
     return UnitRows(
         **known, reason_N=reason_N, position_n=empty, sample_id_n=np.zeros(0, "U1"), tag_n=np.zeros(0, np.uint64),
-        gain_n=np.zeros(0), scale_n=np.zeros(0), tokens_n=empty, group_n=empty, cost_n=None, measures={},
+        gain_n=np.zeros(0), scale_n=np.zeros(0), tokens_n=empty, group_n=empty, measures={},
         content_id_n=np.zeros(0, "U1"),
     )  # fmt: skip
 

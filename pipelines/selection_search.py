@@ -20,7 +20,17 @@ from pipelines.selection_rows import UnitRows
 from schemas.errors import LehrError
 from selection_ops.selectors.guesses import Sample, draw, lay_grid
 from selection_ops.selectors.leaders import PlacedRows, in_order, leading, room_of
-from selection_ops.selectors.search import Bracket, Counts, Grid, ScalarRows, Terms, classify, count, first_bracket, narrow
+from selection_ops.selectors.search import (
+    Bracket,
+    Counts,
+    Grid,
+    ScalarRows,
+    Terms,
+    classify,
+    count,
+    first_bracket,
+    narrow,
+)
 
 MOST_UNDECIDED = 4_000_000
 """Rows that are decided in one place; some 100 bytes each."""

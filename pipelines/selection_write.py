@@ -166,9 +166,7 @@ class WriteUnit(beam.DoFn):
         path = f"{context.run.selection_folder(self._task.name)}/part-{index:05d}.parquet"
         rank_N = np.full(table.num_rows, -1, np.int64)
         rank_N[at_n] = rank_n
-        part = write_table(
-            context.run.url, path, selection_table(table, solution, rank_N), self._footer
-        )
+        part = write_table(context.run.url, path, selection_table(table, solution, rank_N), self._footer)
         yield "part", _record(index, part, choice, solution, table)
         if self._task.columns_only or not len(at_n):
             return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import tyro
 
 from lehr.options import RunDir
+from pipelines.options import Execution
 from selection_ops.selectors.settings import SelectorSettings
 
 CERTIFICATE = ("limit", "cost", "smallest_feasible_limit", "limit_raised_by", "converged", "frank_wolfe_gap_share")
@@ -46,29 +48,55 @@ class Command:
     columns_only: bool = False
     """Read scalar columns alone and no sketches: seconds on large pools, for selectors that rank by columns; the diagnostics
     that need sketches are left out."""
+    engine: Literal["auto", "memory", "beam"] = "auto"
+    """Where candidates are held: in the memory of this process, or in work units that one Beam job passes over. auto: memory
+    where the columns of all candidates fit."""
     settings: tyro.conf.OmitArgPrefixes[SelectorSettings] = SelectorSettings()
+    execution: tyro.conf.OmitArgPrefixes[Execution] = Execution(workers=1)
 
     def run(self) -> int:
         """Select, print the verdict, return the exit status."""
         from lehr.console import console, errors, pairs
-        from pipelines.select import run_select
         from schemas.run import Run
         from selection_ops.selectors import Budget
 
         run = Run.open(self.run_dir)
         name = self.name or self.settings.selector
         target = "" if self.target == "none" else self.target
+        engine: str = self.engine
+        if engine != "memory":
+            from pipelines.select_beam import choose_engine, run_select_beam
+        if engine == "auto":
+            engine, why = choose_engine(run, self.scoring)
+            if engine == "beam":
+                errors.print(f"Selecting by a Beam job (--engine beam): {why}", markup=False)
+        budget = Budget(samples=self.samples or None, tokens=self.tokens or None)
         with errors.status(f"selecting by {self.settings.selector}"):
-            report = run_select(
-                run,
-                name,
-                self.scoring,
-                target,
-                Budget(samples=self.samples or None, tokens=self.tokens or None),
-                self.settings,
-                keep_overlapping=self.keep_overlapping,
-                columns_only=self.columns_only,
-            )
+            if engine == "beam":
+                report = run_select_beam(
+                    run,
+                    name,
+                    self.scoring,
+                    target,
+                    budget,
+                    self.settings,
+                    self.execution,
+                    keep_overlapping=self.keep_overlapping,
+                    columns_only=self.columns_only,
+                )
+            else:
+                from pipelines.select import run_select
+
+                report = run_select(
+                    run,
+                    name,
+                    self.scoring,
+                    target,
+                    budget,
+                    self.settings,
+                    keep_overlapping=self.keep_overlapping,
+                    columns_only=self.columns_only,
+                )
         rows: list[tuple[str, object]] = [("selected", report.selected), ("tokens", report.tokens)]
         for key, count in report.solution["counts"].items():
             if key != "selected":

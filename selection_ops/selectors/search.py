@@ -158,9 +158,7 @@ def keys(rows: ScalarRows, mu: float, *, per_size: bool) -> np.ndarray:
 def classify(rows: ScalarRows, bracket: Bracket, terms: Terms) -> np.ndarray:
     """1 where a row is surely taken whole, -1 where it surely is not taken, 0 where it is undecided; int8 [n]."""
     highest_n = keys(rows, bracket.mu_low, per_size=terms.per_size)
-    lowest_n = (
-        highest_n if bracket.mu_high == bracket.mu_low else keys(rows, bracket.mu_high, per_size=terms.per_size)
-    )
+    lowest_n = highest_n if bracket.mu_high == bracket.mu_low else keys(rows, bracket.mu_high, per_size=terms.per_size)
     state_n = np.zeros(len(rows), dtype=np.int8)
     state_n[highest_n < bracket.low_D[rows.group_n]] = -1
     state_n[lowest_n >= bracket.high_D[rows.group_n]] = 1

@@ -47,7 +47,11 @@ def test_scattered_rankings_are_filled_alike(monkeypatch: pytest.MonkeyPatch, bl
             saved += int((state != 1).sum()) - len(rest)
             left = remaining(terms, sure_D, 0.0, rows.at(rest))
             left = FeasibleSet(
-                size_n=left.size_n, budget=left.budget, group_n=group[rest], caps_D=caps - sure_D, floors_D=left.floors_D
+                size_n=left.size_n,
+                budget=left.budget,
+                group_n=group[rest],
+                caps_D=caps - sure_D,
+                floors_D=left.floors_D,
             )
             taken = rest[fill_ranked(np.argsort(-gain[rest], kind="stable"), left)]
             assert sorted([*sure, *taken]) == sorted(expected), seed
