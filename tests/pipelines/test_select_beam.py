@@ -73,21 +73,21 @@ def assert_alike(
     np.testing.assert_allclose(right, left, rtol=1e-10, atol=1e-12)
     for one, other in zip(scores(memory, ("relaxed_weight",)), scores(beam), strict=True):
         assert one == pytest.approx(other, rel=1e-10)
-    one, other = solution(run, f"{name}-memory"), solution(run, f"{name}-beam")
-    assert one["counts"] == other["counts"]
-    shared = set(one["certificate"]) & set(other["certificate"]) - {"objective_per_iteration", "bound"}
+    here, there = solution(run, f"{name}-memory"), solution(run, f"{name}-beam")
+    assert here["counts"] == there["counts"]
+    shared = set(here["certificate"]) & set(there["certificate"]) - {"objective_per_iteration", "bound"}
     for key in shared:
-        found, expected = other["certificate"][key], one["certificate"][key]
+        found, expected = there["certificate"][key], here["certificate"][key]
         assert found == (pytest.approx(expected, rel=1e-9) if isinstance(expected, float) else expected), key
     for key in ("candidates", "pool", "selected", "selected_tokens", "weight_sum", "duplicates_dropped", "non_finite"):
-        assert one["diagnostics"][key] == pytest.approx(other["diagnostics"][key]), key
-    assert other["diagnostics"].get("outlier_caps") == one["diagnostics"].get("outlier_caps")
-    for domain, held in one["diagnostics"]["domains"].items():
-        assert held == pytest.approx(other["diagnostics"]["domains"][domain], rel=1e-12)
+        assert here["diagnostics"][key] == pytest.approx(there["diagnostics"][key]), key
+    assert there["diagnostics"].get("outlier_caps") == here["diagnostics"].get("outlier_caps")
+    for domain, held in here["diagnostics"]["domains"].items():
+        assert held == pytest.approx(there["diagnostics"]["domains"][domain], rel=1e-12)
     if not options.get("columns_only"):
         for key in ("set_cosine", "set_cosine_evaluation", "effective_rank"):
             # Sums of float32 blocks of other rows.
-            assert other["diagnostics"][key] == pytest.approx(one["diagnostics"][key], abs=1e-5), key
+            assert there["diagnostics"][key] == pytest.approx(here["diagnostics"][key], abs=1e-5), key
 
 
 @pytest.mark.slow
