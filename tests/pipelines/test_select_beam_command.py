@@ -57,8 +57,8 @@ def test_a_killed_worker_costs_another_attempt_and_no_byte(tmp_path: Path) -> No
     make_pool(run, rows=6_000, k=64, part_rows=50)
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
-    command = ("--samples", "300", "--selector", "direct-signed", "--stiff-limit", "0.8", "--stiff-limit-kind", "pool")
-    command = (*command, "--engine", "beam", "--workers", "2", "--name", "s")
+    limited = ("--selector", "direct-signed", "--stiff-limit", "0.8", "--stiff-limit-kind", "pool")
+    command = ("--samples", "300", *limited, "--engine", "beam", "--workers", "2", "--name", "s")
     finish(start_module("lehr", "select", str(whole), *command, log=tmp_path / "whole.log"), tmp_path / "whole.log")
     log = tmp_path / "log"
     process = start_module("lehr", "select", str(run), *command, log=log)
