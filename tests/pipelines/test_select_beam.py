@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Budget, dict[str, Any]]] = {
     ),
     "signed-damped": (SAMPLES, {"selector": "direct-signed", "gain": "damped", "max_loss_quantile": 0.9}),
     "match": (SAMPLES, {"selector": "match"}),
-    "match-tokens": (TOKENS, {"selector": "match", "shortlist": 3.0, "rows": "unit"}),
+    "match-tokens": (TOKENS, {"selector": "match", "shortlist": 1.0, "rows": "unit"}),
     "match-flat": (SAMPLES, {"selector": "match", "gain": "flat+null", "max_grad_norm_quantile": 0.9}),
 }
 

@@ -56,3 +56,17 @@ def test_scattered_rankings_are_filled_alike(monkeypatch: pytest.MonkeyPatch, bl
             taken = rest[fill_ranked(np.argsort(-gain[rest], kind="stable"), left)]
             assert sorted([*sure, *taken]) == sorted(expected), seed
     assert saved > 1_000
+
+
+def test_the_row_at_which_a_floor_ends_is_kept() -> None:
+    """A floor of 5 is served by the first row of 3 alone, because the second one does not fit; the last row must not slip in."""
+    gain, size, group = np.array([10.0, 9.0, 8.0, 100.0]), np.array([3, 3, 2, 2]), np.array([1, 1, 1, 0])
+    rows = ScalarRows(gain_n=gain, size_n=size, group_n=group)
+    floors = np.array([0.0, 5.0])
+    terms = Terms(
+        budget=5, size_D=np.array([2, 8]), caps_D=np.full(2, np.inf), floors_D=floors, per_size=False, positive=False
+    )
+    kept = leading(rows, room_of(terms, np.zeros(2, np.int64)))
+    feasible = remaining(terms, np.zeros(2, np.int64), 0.0, rows.at(kept))
+    taken = kept[fill_ranked(np.argsort(-gain[kept], kind="stable"), feasible)]
+    assert sorted(taken) == [0, 3]

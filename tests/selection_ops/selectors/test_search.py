@@ -200,6 +200,7 @@ def test_three_rounds_leave_a_handful_of_many_rows() -> None:
     assert seen > 3
 
 
+@pytest.mark.usefixtures("few_edges")
 def test_histograms_and_samples_do_not_depend_on_the_order_of_places() -> None:
     rows, terms, _ = limited(5_000)
     names = np.array([f"id-{position:05d}" for position in range(len(rows))])
