@@ -13,8 +13,8 @@ from typing import Any
 
 from pipelines.candidates import available_bytes
 from pipelines.options import Execution
-from pipelines.results import read_results
-from pipelines.runners import run_job
+from pipelines.results import read_results, results_url
+from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.select import Prepared, SelectReport, finish, prepare
 from pipelines.selection_job import SelectionJob, refuse_long_shortlist
 from pipelines.selection_rows import SelectionTask, UnitParts
@@ -97,6 +97,9 @@ def run_select_beam(
     """
     started = time.perf_counter()
     refuse_unsupported(settings, budget)
+    refuse_unreachable(run, execution)
+    if model_hints(execution):
+        raise InputError("select runs no model, so it has no use for --accelerator and --min-ram")
     ready = prepare(
         run, name, scoring, target, budget, settings,
         keep_overlapping=keep_overlapping, columns_only=columns_only, engine="beam",
@@ -120,18 +123,18 @@ def run_select_beam(
         rounds=search_rounds(samples) if rounds is None else rounds,
         samples=samples,
     )
-    results_url = run.path(f"{run.timings_folder('select', name)}/results.json")
-    remove(results_url)
+    url = results_url(run, "select", name)
+    remove(url)
     job = SelectionJob(
         task=task,
         units=units,
         footer_spec=fingerprint(ready.select_spec),
         score=ready.inputs["score"],
-        results_url=results_url,
+        results_url=url,
     )
     folder = run.path(run.selection_folder(name))
     run_job(job, execution, finished=lambda: len(list_names(folder, ".parquet")), tick=tick)
-    report = _finish(run, ready, task, units, read_results(results_url))
+    report = _finish(run, ready, task, units, read_results(url))
     return dataclasses.replace(report, seconds={"total": time.perf_counter() - started})
 
 
