@@ -14,6 +14,7 @@ import apache_beam as beam
 from pipelines.export import export
 from pipelines.select import run_select
 from schemas.run import Run
+from schemas.storage import TEMPORARY_PREFIX
 from schemas.timings import read_heartbeats
 from schemas.units import read_plan
 from selection_ops.selectors import Budget, SelectorSettings
@@ -128,3 +129,12 @@ def _touch(number: int, folder: str, name: str, pause_s: float = 0.0) -> int:
     time.sleep(pause_s)
     Path(folder, f"{name}-{number}-{os.getpid()}").touch()
     return number
+
+
+def bytes_after_kill(run: Path) -> dict[str, str]:
+    """Hashes of a run directory without what a killed process was writing, which no manifest may list."""
+    manifests = "".join(path.read_text() for path in (run / "stages").rglob("*.json"))
+    for unfinished in run.rglob(f"{TEMPORARY_PREFIX}*"):
+        assert unfinished.name not in manifests
+        unfinished.unlink()
+    return tree_hashes(run)
