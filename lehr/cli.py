@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     from schemas.errors import LehrError, RunIncomplete
+    from schemas.storage import quiet_clients
 
+    quiet_clients()
     module = importlib.import_module(f"lehr.commands.{verb.replace('-', '_')}")
     try:
         command = tyro.cli(module.Command, args=arguments[1:], prog=f"lehr {verb}")

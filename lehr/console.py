@@ -15,7 +15,7 @@ from rich.text import Text
 
 from schemas.run import Run
 from schemas.storage import is_local
-from schemas.timings import read_heartbeats
+from schemas.timings import estimate_ratio, read_heartbeats
 
 console = Console()
 errors = Console(stderr=True)
@@ -83,11 +83,13 @@ class StageProgress:
             console=errors,
             transient=False,
         )
+        self._total = 0
         self._task = self._progress.add_task(stage, total=None)
 
     def start(self, total_tokens: int) -> None:
         """Say how much there is to do."""
-        self._progress.update(self._task, total=max(total_tokens, 1))
+        self._total = max(total_tokens, 1)
+        self._progress.update(self._task, total=self._total)
 
     def tick(self) -> None:
         """Read the heartbeats if it is time to."""
@@ -96,7 +98,9 @@ class StageProgress:
             return
         self._next = now + self._every
         beats = [b for b in read_heartbeats(self._run, self._stage, self._name) if b.attempt == self._attempt]
-        self._progress.update(self._task, completed=sum(beat.tokens_done for beat in beats))
+        # What the plan estimated is put right by the units that are done.
+        total = round(self._total * estimate_ratio(beats)) or None
+        self._progress.update(self._task, completed=sum(beat.tokens_done for beat in beats), total=total)
 
     @contextmanager
     def live(self) -> Iterator[StageProgress]:

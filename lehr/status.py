@@ -13,7 +13,7 @@ from schemas.manifest import Manifest
 from schemas.parquet import read_footer
 from schemas.run import Run
 from schemas.storage import list_names
-from schemas.timings import Heartbeat, read_heartbeats
+from schemas.timings import Heartbeat, estimate_ratio, read_heartbeats
 from schemas.units import PLAN_NAME, Plan, read_plan
 
 LIVE_S = 60.0
@@ -50,7 +50,7 @@ class ScoringStatus:
     """Rows of the rejects tables: rows, and windows of rows, that could not be scored."""
     tokens_planned: int
     tokens_left: int
-    """Estimated tokens of the units that are missing."""
+    """Estimated tokens of the units that are missing, put right by how many those had that are done."""
     seconds_left: float | None
     """At the present speed; None where nobody is working."""
     missing: tuple[str, ...]
@@ -93,8 +93,9 @@ def worker_status(beats: list[Heartbeat], now: float) -> WorkerStatus:
 
     An error counts only if it is of the latest attempt: a command that was run again has overcome the earlier ones.
     """
-    live = [beat for beat in beats if now - beat.updated <= LIVE_S]
-    speeds = [beat.tokens_done / max(beat.updated - beat.started, 1e-3) for beat in live if beat.tokens_done]
+    # A word from further in the future than that was said before a clock was set back, and nobody has spoken since.
+    live = [beat for beat in beats if abs(now - beat.updated) <= LIVE_S]
+    speeds = [beat.tokens_done / beat.seconds for beat in live if beat.tokens_done]
     latest = max(beats, key=lambda beat: beat.updated, default=None)
     failed = [beat for beat in beats if beat.last_error and latest and beat.attempt == latest.attempt]
     last = max(failed, key=lambda beat: beat.updated, default=None)
@@ -105,7 +106,7 @@ def worker_status(beats: list[Heartbeat], now: float) -> WorkerStatus:
         tokens_per_second=sum(speeds) if speeds else None,
         last_error=last.last_error if last else "",
         last_error_host=f"{last.host} process {last.pid}" if last else "",
-        seconds_since_heard=min((now - beat.updated for beat in beats), default=None),
+        seconds_since_heard=min((max(0.0, now - beat.updated) for beat in beats), default=None),
     )
 
 
@@ -127,8 +128,9 @@ def _scoring(run: Run, plan: Plan, name: str, manifest: Manifest | None, now: fl
     of_this_plan = manifest is not None and not missing and manifest.inputs.get("plan") == plan.fingerprint
     listed = manifest if of_this_plan else None
     identities = [unit.unit_id for unit in done]
-    workers = worker_status(read_heartbeats(run, "score", name), now)
-    left = sum(unit.estimated_tokens for unit in missing)
+    beats = read_heartbeats(run, "score", name)
+    workers = worker_status(beats, now)
+    left = round(sum(unit.estimated_tokens for unit in missing) * estimate_ratio(beats))
     return ScoringStatus(
         scoring=name,
         finished=of_this_plan,

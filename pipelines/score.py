@@ -85,7 +85,7 @@ class UnitScorer:
                 self._failed = error  # a model or target that cannot be loaded fails every unit alike
             self._heart.error(str(error))
             return {"key": unit.unit_id, "error": str(error), "error_type": type(error).__name__}
-        self._heart.unit_done()
+        self._heart.unit_done(planned_tokens=unit.estimated_tokens if record["scored_tokens"] else 0)
         return record
 
     def _finish(self, unit: WorkUnit) -> dict[str, Any]:

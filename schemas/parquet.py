@@ -19,6 +19,14 @@ from schemas.storage import filesystem, is_local, read_bytes, sha256, write_whol
 from schemas.tables import SCHEMA_VERSION, table_schema
 
 ROW_GROUP_ROWS = 2000
+_DIGEST = b"lehr.sha256"
+_DIGEST_MARK = _DIGEST + b"\x18\x40"
+"""The key as Parquet writes it, with what says that a string of 64 bytes follows."""
+_BLANK = b"0" * 64
+_KEYS = {
+    _DIGEST, b"lehr.schema", b"lehr.schema_version", b"lehr.spec", b"lehr.inputs", b"lehr.notes", b"ARROW:schema",
+}  # fmt: skip
+"""All that a footer holds: a bit flipped in the name of one makes it another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +63,8 @@ def encode_table(table: pa.Table, footer: Footer) -> bytes:
     """Bytes of a Parquet file; equal tables and footers give equal bytes with one version of pyarrow.
 
     Vectors are byte-stream split (1.77 bytes per float16 after zstd), everything else is dictionary encoded; pages carry
-    checksums because readers are silent about flipped bits otherwise.
+    checksums because readers are silent about flipped bits otherwise. Those do not cover the footer: it holds the SHA-256 of
+    the whole file, taken with zeros in its own place.
     """
     table = _without_reader_notes(table)
     vectors = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
@@ -79,11 +88,25 @@ def encode_table(table: pa.Table, footer: Footer) -> bytes:
             "lehr.spec": footer.spec,
             "lehr.inputs": canonical_json(dict(footer.inputs)).decode(),
             "lehr.notes": canonical_json(dict(footer.notes)).decode(),
+            _DIGEST.decode(): _BLANK.decode(),
         }
     )
     writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
     writer.close()
-    return sink.getvalue().to_pybytes()
+    data = sink.getvalue().to_pybytes()
+    place = data.rindex(_DIGEST_MARK) + len(_DIGEST_MARK)
+    return data[:place] + sha256(data).encode() + data[place + len(_BLANK) :]
+
+
+def _check_digest(data: bytes, url: str) -> None:
+    """Refuse a file that is not, byte for byte, what was written; one from before files held their hash passes."""
+    found = data.rfind(_DIGEST_MARK)
+    if found < 0:
+        return
+    place = found + len(_DIGEST_MARK)
+    end = place + len(_BLANK)
+    if sha256(data[:place] + _BLANK + data[end:]).encode() != data[place:end]:
+        raise CorruptFile(f"{url}: damaged (its content is not what its own hash says); delete it and run its stage again")
 
 
 def write_table(run_url: str, path: str, table: pa.Table, footer: Footer) -> Part:
@@ -101,7 +124,7 @@ def rows_to_table(schema_name: str, rows: Sequence[Mapping[str, Any]], k: int = 
 def _open(url: str, source: Any) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(source, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         if isinstance(error, FileNotFoundError):
             raise
         raise CorruptFile(f"{url}: not a readable Parquet file ({error}); delete it and run its stage again") from error
@@ -109,6 +132,11 @@ def _open(url: str, source: Any) -> pq.ParquetFile:
 
 def parse_footer(metadata: Mapping[bytes, bytes], url: str) -> Footer:
     """Lineage from the key-value metadata of a Parquet file. Raises `CorruptFile` where it was not written by Lehr."""
+    foreign = sorted(key.decode(errors="replace") for key in metadata if key not in _KEYS)
+    if foreign:
+        raise CorruptFile(
+            f"{url}: its footer holds {', '.join(foreign)}, which Lehr does not write; delete it and run its stage again"
+        )
     try:
         return Footer(
             schema=metadata[b"lehr.schema"].decode(),
@@ -158,14 +186,15 @@ def check_footer(footer: Footer, url: str, *, schema: str, spec: str | None, inp
 def _read(file: pq.ParquetFile, url: str, columns: Sequence[str] | None) -> pa.Table:
     try:
         return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptFile(f"{url}: damaged ({error}); delete it and run its stage again") from error
 
 
 def decode_table(
     data: bytes | pa.Buffer, url: str, *, schema: str, spec: str | None = None, inputs: Mapping[str, str] | None = None
 ) -> tuple[pa.Table, Footer]:
-    """Table and lineage of bytes already read; `url` names them in errors."""
+    """Table and lineage of bytes already read, all of them verified; `url` names them in errors."""
+    _check_digest(data, url)
     file = _open(url, pa.BufferReader(data))
     footer = footer_of(file, url)
     check_footer(footer, url, schema=schema, spec=spec, inputs=inputs or {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import posixpath
 import time
@@ -71,6 +72,15 @@ def _cannot(action: str, url: str, error: Exception) -> LehrError:
     return InputError(
         f"cannot {action} {url}: {reason}. Check that the place exists, has space left and may be used by you"
     )
+
+
+def quiet_clients() -> None:
+    """Keep what store clients log of a failed request, a traceback, off the terminal: `client_errors` says what failed.
+
+    For commands; not where logging is set to INFO or below.
+    """
+    if logging.getLogger().getEffectiveLevel() > logging.INFO:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import orjson
 
@@ -19,7 +19,7 @@ _INTERVAL_S = 2.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """The latest word of one worker process; times are Unix seconds, tokens are encoded tokens."""
+    """The latest word of one worker process; times are Unix seconds of its host, tokens are encoded tokens."""
 
     host: str
     pid: int
@@ -30,6 +30,17 @@ class Heartbeat:
     units_done: int = 0
     tokens_done: int = 0
     last_error: str = ""
+    busy_s: float = 0.0
+    """Seconds from its start to this word by a clock that nobody sets; 0 where it was not written."""
+    planned_done: int = 0
+    """Tokens that the plan estimated for the units that this worker computed."""
+    encoded_done: int = 0
+    """Tokens that those units came to have."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been at work."""
+        return max(self.busy_s or self.updated - self.started, 1e-3)
 
 
 def read_heartbeats(run: Run, stage: str, name: str) -> list[Heartbeat]:
@@ -46,17 +57,30 @@ def read_heartbeats(run: Run, stage: str, name: str) -> list[Heartbeat]:
     return found
 
 
+def estimate_ratio(beats: Iterable[Heartbeat]) -> float:
+    """Encoded tokens for each that the plan estimated, over the units that were computed; 1 before the first."""
+    known = [beat for beat in beats if beat.planned_done and beat.encoded_done]
+    return sum(beat.encoded_done for beat in known) / sum(beat.planned_done for beat in known) if known else 1.0
+
+
 class HeartbeatWriter:
     """Writes one worker's heartbeat at most every two seconds; a failure to write never stops the work."""
 
     def __init__(
-        self, run: Run, stage: str, name: str, *, attempt: str = "", clock: Callable[[], float] = time.time
+        self,
+        run: Run,
+        stage: str,
+        name: str,
+        *,
+        attempt: str = "",
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clock = clock
+        self._clock, self._steady, self._began = clock, steady, steady()
         host, pid, now = socket.gethostname(), os.getpid(), clock()
         self._url = run.path(f"{run.timings_folder(stage, name)}/worker-{host}-{pid}.json")
         self._beat = Heartbeat(host=host, pid=pid, started=now, updated=now, attempt=attempt)
-        self._written = 0.0
+        self._written: float | None = None
 
     def unit(self, unit_id: str) -> None:
         """Say which unit is worked on."""
@@ -66,18 +90,21 @@ class HeartbeatWriter:
         """Add finished tokens."""
         self._update(tokens_done=self._beat.tokens_done + count)
 
-    def unit_done(self) -> None:
-        """Count a finished unit and write at once."""
-        self._update(units_done=self._beat.units_done + 1, force=True)
+    def unit_done(self, *, planned_tokens: int = 0) -> None:
+        """Count a finished unit and write at once; `planned_tokens` is the plan's estimate of one that was computed, not kept."""
+        beat = self._beat
+        compared = {"planned_done": beat.planned_done + planned_tokens, "encoded_done": beat.tokens_done}
+        self._update(units_done=beat.units_done + 1, force=True, **(compared if planned_tokens else {}))
 
     def error(self, message: str) -> None:
         """Keep the latest error and write at once."""
         self._update(last_error=message, force=True)
 
     def _update(self, *, force: bool = False, **changes: object) -> None:
-        now = self._clock()
-        self._beat = dataclasses.replace(self._beat, updated=now, **changes)  # type: ignore[arg-type]
-        if force or now - self._written >= _INTERVAL_S:
+        now = self._steady()
+        timed = {"updated": self._clock(), "busy_s": round(now - self._began, 3)}
+        self._beat = dataclasses.replace(self._beat, **timed, **changes)  # type: ignore[arg-type]
+        if force or self._written is None or now - self._written >= _INTERVAL_S:
             self._written = now
             try:
                 write_whole(self._url, orjson.dumps(dataclasses.asdict(self._beat)))

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.service.fault(line)
         with self.service.lock:
             self.service.log.append({"line": line, "fault": bool(fault), "bytes": len(body)})
+        time.sleep(fault.get("sleep", 0.0))
         if fault.get("status") and not fault["late"]:
             self._error(fault["status"], "injected")
             return
@@ -206,7 +208,28 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.service.log
             if path == "/_test/clear":
                 self.service.faults, self.service.log = [], []
+        if path.removeprefix("/_test/") in ("load", "copy", "save", "remove"):
+            answer = self._move(path.removeprefix("/_test/"), **json.loads(body))
         self._answer(200, json.dumps(answer).encode())
+
+    def _move(self, what: str, source: str, target: str = "") -> list[Any]:
+        """Many objects at once, between a folder of this machine and places in the bucket; no request of a client's."""
+        objects, kind = self.service.bucket, "application/octet-stream"
+        if what == "load":
+            for path in Path(source).rglob("*"):
+                if path.is_file():
+                    objects.put(f"{target}/{path.relative_to(source)}", path.read_bytes(), None, kind)
+            return []
+        for name in [name for name in objects.names() if name.startswith(f"{source}/")]:
+            relative = name.removeprefix(f"{source}/")
+            if what == "copy":
+                objects.put(f"{target}/{relative}", objects.get(name).data, None, kind)
+            elif what == "save":
+                Path(target, relative).parent.mkdir(parents=True, exist_ok=True)
+                Path(target, relative).write_bytes(objects.get(name).data)
+            else:
+                objects.delete(name)
+        return []
 
     def _route(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes, dict[str, str]]:
         def json_answer(record: Any) -> tuple[int, bytes, dict[str, str]]:
@@ -365,13 +388,29 @@ class Gcs:
         """Let `count` requests, every so many, whose `METHOD path?query range` matches a pattern fail; adds to earlier ones.
 
         `status=503` answers so, `drop=True` closes the connection without an answer, `cut=100` after that many bytes of
-        the body. `late` carries the request out first.
+        the body, `sleep=0.5` waits so many seconds first. `late` carries the request out first.
         """
         self._call("faults", {"match": match, "count": count, "every": every, "late": late, "met": 0, **how})
 
     def clear(self) -> None:
         """No more faults; an empty record."""
         self._call("clear")
+
+    def load(self, folder: str, target: str) -> None:
+        """Put the files of a folder into the bucket at `target`, past the faults and the record; so do the next three."""
+        self._call("load", {"source": folder, "target": target})
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy every object below a place to another."""
+        self._call("copy", {"source": source, "target": target})
+
+    def save(self, source: str, folder: str) -> None:
+        """Write every object below a place into a folder."""
+        self._call("save", {"source": source, "target": folder})
+
+    def remove(self, source: str) -> None:
+        """Delete every object below a place."""
+        self._call("remove", {"source": source})
 
     def requests(self, match: str = "") -> list[dict[str, Any]]:
         """The requests since `clear` whose line matches a pattern: `line`, whether it met a `fault`, `bytes` sent."""

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from schemas.errors import LehrError
+from schemas.storage import quiet_clients
 from trainer.settings import TrainSettings
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
+    quiet_clients()
     try:
         command = tyro.cli(Command, args=argv, prog="python -m trainer")
         from schemas.run import Run

@@ -73,6 +73,30 @@ def test_time_left_follows_the_speed_of_live_workers(tmp_path: Path) -> None:
     assert later.workers.tokens_per_second is None and later.seconds_left is None
 
 
+def test_time_left_is_in_the_tokens_that_units_come_to_have(tmp_path: Path) -> None:
+    """A plan estimates by bytes; the units that are done say what that is worth."""
+    run = build_fake_run(tmp_path / "run", stages=("plan", "score"))
+    unfinish(run, 2)
+    folder = Path(run.path(run.timings_folder("score", "main")))
+    for file in folder.iterdir():
+        file.unlink()
+    for pid in (1, 2):
+        done = beat(pid=pid, planned_done=200, encoded_done=500, tokens_done=500, busy_s=50.0)
+        (folder / f"worker-a-{pid}.json").write_bytes(orjson.dumps(dataclasses.asdict(done)))
+    (scoring,) = run_status(run, now=1101.0).scorings
+    assert scoring.workers.tokens_per_second == pytest.approx(20.0)
+    assert scoring.tokens_left == 2 * 1800 * 2.5
+    assert scoring.seconds_left == pytest.approx(2 * 1800 * 2.5 / 20)
+
+
+def test_clocks_that_were_set_back() -> None:
+    """A worker's speed is of its steady clock; one that spoke in the far future is not taken for alive."""
+    status = worker_status([beat(updated=900.0, busy_s=100.0)], now=901.0)
+    assert status.tokens_per_second == pytest.approx(5.0)
+    later = worker_status([beat(updated=9000.0, busy_s=100.0)], now=901.0)
+    assert (later.live, later.gone, later.tokens_per_second, later.seconds_since_heard) == (0, 1, None, 0.0)
+
+
 def test_last_error_is_the_latest_of_the_latest_attempt() -> None:
     beats = [
         beat(pid=1, updated=1100.0, last_error="first"),

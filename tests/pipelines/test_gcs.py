@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -111,9 +112,18 @@ def test_a_whole_run_under_faults_has_the_same_bytes(
 
 
 def test_corpus_that_cannot_be_reached_is_an_error_that_names_it(
-    bucket: str, gcs: Gcs, impatient: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str,
+    gcs: Gcs,
+    impatient: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     fsspec.filesystem("gs").pipe_file(f"{bucket}/corpus/a.jsonl", b'{"text": "glass"}\n')
+    # As `logging.basicConfig` does, which does nothing where pytest has installed its own handlers: the client logs too.
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    request.addfinalizer(lambda: logging.getLogger().removeHandler(handler))
     for fault, reason in (({"status": 503}, "injected"), ({"status": 403}, "Forbidden"), ({"drop": True}, "isconnect")):
         for corpus in (f"{bucket}/corpus", f"{bucket}/corpus/a.jsonl", f"{bucket}/corpus/*.jsonl"):
             gcs.clear()

@@ -78,3 +78,27 @@ def test_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
 def test_missing_manifest_says_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run `lehr score` first"):
         read_manifest(str(tmp_path / "main.json"), "run `lehr score` first")
+
+
+def test_every_bit_of_a_manifest_is_covered(tmp_path: Path) -> None:
+    """Findings for people too, which the fingerprint leaves out. Only the newline at the end says nothing."""
+    write_manifest(str(tmp_path / "main.json"), MANIFEST)
+    sound = (tmp_path / "main.json").read_bytes()
+    for bit in range(8 * (len(sound) - 1)):
+        data = bytearray(sound)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "flipped.json").write_bytes(data)
+        try:
+            assert read_manifest(str(tmp_path / "flipped.json"), "") == MANIFEST, bit  # a blank became a tab, or the like
+        except CorruptFile:
+            continue
+        assert bytes(data).split() == sound.split(), bit
+
+
+def test_manifests_without_a_hash_are_read(tmp_path: Path) -> None:
+    """Those written before there was one."""
+    write_manifest(str(tmp_path / "main.json"), MANIFEST)
+    record = orjson.loads((tmp_path / "main.json").read_bytes())
+    del record["sha256"]
+    (tmp_path / "main.json").write_bytes(orjson.dumps(record))
+    assert read_manifest(str(tmp_path / "main.json"), "") == MANIFEST

@@ -195,3 +195,27 @@ def test_foreign_parquet_is_refused(tmp_path: Path) -> None:
 
 def test_part_is_what_a_manifest_lists() -> None:
     assert [field.name for field in dataclasses.fields(Part)] == ["path", "rows", "bytes", "sha256"]
+
+
+def test_every_bit_of_a_file_is_covered() -> None:
+    """Page checksums cover the pages; the file's own hash covers the footer, the page index and itself."""
+    rng = random.Random(3)
+    sound = encode_table(features(3), FOOTER)
+    footer = int.from_bytes(sound[-8:-4], "little") + 8
+    places = [len(sound) - 1 - rng.randrange(footer) for _ in range(1500)] + [rng.randrange(len(sound)) for _ in range(300)]
+    for place in places:
+        data = bytearray(sound)
+        data[place] ^= 1 << rng.randrange(8)
+        with pytest.raises(LehrError):
+            decode_table(bytes(data), "x", schema="features")
+
+
+def test_files_without_a_hash_of_their_own_are_read() -> None:
+    """Those written before there was one."""
+    metadata = pq.read_metadata(pa.BufferReader(encode_table(features(3), FOOTER))).metadata
+    kept = {key: value for key, value in metadata.items() if key not in (b"lehr.sha256", b"ARROW:schema")}
+    assert len(kept) == len(metadata) - 2 == 5
+    sink = pa.BufferOutputStream()
+    pq.write_table(features(3).replace_schema_metadata(kept), sink)
+    table, footer = decode_table(sink.getvalue().to_pybytes(), "x", schema="features")
+    assert table.column("row").equals(features(3).column("row")) and footer == FOOTER
