@@ -17,8 +17,9 @@ from schemas.run import Run
 from schemas.storage import is_local
 from schemas.timings import estimate_ratio, read_heartbeats
 
-console = Console()
-errors = Console(stderr=True)
+# Nothing that is printed is markup: paths and names may hold brackets and colons.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 
 def new_attempt() -> str:

@@ -51,8 +51,6 @@ class Command:
 
     def run(self) -> int:
         """Plan, print what came of it and what scoring would cost, return the exit status."""
-        from rich.markup import escape
-
         from lehr.console import console, duration, pairs, size
         from pipelines.plan import estimate_cost, make_plan
 
@@ -61,7 +59,7 @@ class Command:
             report = make_plan(self.run_dir, self.corpus, self._spec(), extend=self.extend, progress=progress)
         cost = estimate_cost(report.rows, report.tokens, k=self.k, tokens_per_second=self.tokens_per_second)
         rows: list[tuple[str, object]] = [
-            ("corpus", escape(f"{report.run.corpus} at {report.run.root}")),
+            ("corpus", f"{report.run.corpus} at {report.run.root}"),
             ("files", report.files),
             ("work units", report.units),
             ("rows", report.rows),
@@ -71,7 +69,7 @@ class Command:
             ("scoring writes", f"{size(cost.bytes)} for {cost.samples:,} samples, k = {self.k:,}"),
         ]
         rows += [
-            (what, escape(f"{len(paths):,}: {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}"))
+            (what, f"{len(paths):,}: {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}")
             for what, paths in (("new", report.added), ("changed", report.changed), ("dropped", report.removed))
             if paths
         ]

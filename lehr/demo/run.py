@@ -142,7 +142,7 @@ def _estimate(settings: DemoSize) -> float:
 
 
 def _step(text: str) -> None:
-    console.print(f"[bold]{text}[/bold]")
+    console.print(text, style="bold")
 
 
 def _lehr(verb: str, url: str, *arguments: str) -> float:

@@ -585,6 +585,47 @@ def test_strange_ids_and_domains_travel_as_they_are_and_print_harmless(
     assert len(chosen) == 20 and domain not in {record["domain"] for record in chosen}
 
 
+STRANGE_FILES = (
+    "it's.jsonl", '"q".jsonl', "'; DROP TABLE features; --.jsonl", "[bold]x[1].jsonl", "a*b?.jsonl", "{a,b}.jsonl", "%20.jsonl",
+    "a#b.jsonl", "a::b.jsonl", ":heart:.jsonl", "\x1b[31mred.jsonl", "new\nline.jsonl", "\u202eleft.jsonl",
+)  # fmt: skip
+
+
+def test_strange_names_of_folders_files_and_columns_are_names(
+    described: World, tmp_path: Path, model: Path, lehr: Command
+) -> None:
+    """Quotes, SQL, markup and patterns: what is printed can be typed again, what is queried is what is there."""
+    rng = random.Random(9)
+    home = tmp_path / "it's \"a\" [bold] :heart: {x} %s; DROP TABLE features"
+    for number, name in enumerate(STRANGE_FILES):
+        rows: list[dict[str, object]] = [
+            {"text": sentence(rng, 10, 30), "na'me; DROP": f"{number}-{row}", 'q"': "x"} for row in range(2)
+        ]
+        write_lines(home / "corpus" / name, rows)
+    run = home / "run"
+    columns = ["--id-column", "na'me; DROP", "--domain-column", 'q"']
+    target = ["--data", described.target, "--eval", described.evaluation]
+    commands: list[list[object]] = [
+        ["plan", run, home / "corpus", *columns],
+        ["target", run, *target, *features_options(model)],
+        ["score", run, "--workers", 1],
+        ["select", run, "--samples", 6],
+        ["export", run, "--shard-samples", 5],
+        ["verify", run],
+        ["status", run],
+        ["report", run],
+    ]
+    for command in commands:
+        answer = lehr(*command)
+        assert answer.status == 0, (command, answer.error)
+        if command[0] in ("target", "score", "select", "export"):
+            assert "".join(str(run).split()) in "".join(answer.out.split()), command
+    query = "SELECT path, count(*) AS n, min(source_id) AS s FROM features GROUP BY path ORDER BY path"
+    found = json.loads(lehr("audit", run, "--sql", query, "--format", "json").out)
+    wanted = sorted((name, 2, f"{number}-0") for number, name in enumerate(STRANGE_FILES))
+    assert [(row["path"], row["n"], row["s"]) for row in found] == wanted
+
+
 # Prompts and messages.
 
 
