@@ -30,6 +30,8 @@ _BROKEN_TAIL_BYTES = 64 << 10
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
 _MEASURED_ROWS = 64
+_SHARED_BYTES = 16 << 20
+"""What a batch of a column whose repeated texts the file holds once may come to, if every row were all of it."""
 _BUFFER_BYTES = 1 << 20
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 
@@ -203,14 +205,25 @@ def _row_bytes(opened: _File, group: int, names: tuple[str, ...]) -> float:
     chunks = [chunk for chunk in opened.groups[group].chunks if chunk.path and chunk.path[0] in names]
     mean = sum(chunk.text_bytes for chunk in chunks) / opened.groups[group].rows
     if any(chunk.shared for chunk in chunks):
+        rows = min(_MEASURED_ROWS, _safe_rows(opened, group, names))
         try:
-            first = opened.file.iter_batches(_MEASURED_ROWS, row_groups=[group], columns=list(names), use_threads=False)
+            first = opened.file.iter_batches(rows, row_groups=[group], columns=list(names), use_threads=False)
             batch = next(first)
             values = (value for column in batch.columns for value in column.to_pylist())
             mean = max(mean, sum(map(_text_bytes, values)) / len(batch))
         except (*_DAMAGE, ImportError, StopIteration, ZeroDivisionError):
             LOGGER.debug("row group %d: its first rows cannot be measured", group)
     return max(1.0, mean)
+
+
+def _safe_rows(opened: _File, group: int, names: tuple[str, ...]) -> int:
+    """Rows of the group that fit into memory whatever they hold: a kilobyte of file can stand for a terabyte of repeated text.
+
+    No text is longer than all the pages of its column.
+    """
+    chunks = [chunk for chunk in opened.groups[group].chunks if chunk.path and chunk.path[0] in names]
+    largest = max((chunk.text_bytes for chunk in chunks if chunk.shared), default=0)
+    return max(1, _SHARED_BYTES // max(1, largest))
 
 
 def _text_bytes(value: Any) -> int:
@@ -287,7 +300,9 @@ def _records(source: Source, footer: bytes, unit: WorkUnit, spec: PlanSpec) -> I
 
 
 def _batches(opened: _File, group: int, names: tuple[str, ...], body: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    size = min(_MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(opened, group, body))))
+    size = min(
+        _MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(opened, group, body))), _safe_rows(opened, group, names)
+    )
     return opened.file.iter_batches(size, row_groups=[group], columns=list(names), use_threads=False)
 
 

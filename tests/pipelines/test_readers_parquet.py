@@ -80,6 +80,26 @@ def test_tokens_where_the_writer_did_not_note_the_bytes(tmp_path: Path, distinct
     assert len(scan_and_read(str(tmp_path), "a.parquet", spec())) == 2700
 
 
+@pytest.mark.parametrize("small", [0, 100])
+def test_a_repeated_text_is_no_bomb(tmp_path: Path, small: int) -> None:
+    """300 texts of 2 MB that the file holds once: its first rows say what they are, or say nothing of it."""
+    path = tmp_path / "a.parquet"
+    text = f"CASE WHEN i < {small} THEN 'small' ELSE repeat('x', 2000000) END"
+    limits = "DICTIONARY_SIZE_LIMIT 1000, STRING_DICTIONARY_PAGE_SIZE_LIMIT 100000000"
+    duckdb.sql(f"COPY (SELECT {text} AS text FROM range(300) t(i)) TO '{path}' (FORMAT parquet, {limits})")
+    assert path.stat().st_size < 200_000
+    before, counting = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counting)
+    try:
+        units, _ = scan(str(tmp_path), "a.parquet", spec())
+        lengths = [len(outcome(item) or "") for unit in units for item in read_unit(str(tmp_path), unit, spec())]
+    finally:
+        pa.set_memory_pool(before)
+    assert lengths == [5] * small + [2_000_000] * (300 - small)
+    # A batch of 16 MB, in an array that grows by doubling, the page, and what the batch before it left.
+    assert counting.max_memory() < 80 << 20
+
+
 def test_a_large_row_group_is_decoded_once_by_a_worker_that_reads_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
