@@ -44,6 +44,7 @@ bench: $(READY) ## the benchmarks, results into runs/benchmarks
 	$(BIN)/python benchmarks/scoring.py --out runs/benchmarks/scoring.json
 	$(BIN)/python benchmarks/online_step.py --out runs/benchmarks/online_step.json
 	$(BIN)/python benchmarks/peers.py --out runs/benchmarks/peers.json
+	$(BIN)/python benchmarks/faults.py --out runs/benchmarks/faults.json
 
 clean: ## remove the environment and everything that was made
 	rm -rf $(VENV) runs .cache .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -11,15 +11,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import environment, main, say
 
-from benchmarks.common import environment, main, say
 from tests.faults.disk import can_mount
 from tests.faults.kinds import KINDS, run_many, schedule
 from tests.faults.trial import COUNTS, Verdict, total

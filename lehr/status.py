@@ -30,7 +30,7 @@ class WorkerStatus:
     """Workers not heard of since."""
     hosts: tuple[str, ...]
     tokens_per_second: float | None
-    """Sum over the live workers; None where none is live or none has finished a batch."""
+    """Sum over the live workers; None where none is live or none has finished two batches."""
     last_error: str
     last_error_host: str
     seconds_since_heard: float | None
@@ -95,7 +95,7 @@ def worker_status(beats: list[Heartbeat], now: float) -> WorkerStatus:
     """
     # A word from further in the future than that was said before a clock was set back, and nobody has spoken since.
     live = [beat for beat in beats if abs(now - beat.updated) <= LIVE_S]
-    speeds = [beat.tokens_done / beat.seconds for beat in live if beat.tokens_done]
+    speeds = [speed for beat in live if (speed := beat.tokens_per_second)]
     latest = max(beats, key=lambda beat: beat.updated, default=None)
     failed = [beat for beat in beats if beat.last_error and latest and beat.attempt == latest.attempt]
     last = max(failed, key=lambda beat: beat.updated, default=None)

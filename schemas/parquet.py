@@ -106,7 +106,9 @@ def _check_digest(data: bytes, url: str) -> None:
     place = found + len(_DIGEST_MARK)
     end = place + len(_BLANK)
     if sha256(data[:place] + _BLANK + data[end:]).encode() != data[place:end]:
-        raise CorruptFile(f"{url}: damaged (its content is not what its own hash says); delete it and run its stage again")
+        raise CorruptFile(
+            f"{url}: damaged (its content is not what its own hash says); delete it and run its stage again"
+        )
 
 
 def write_table(run_url: str, path: str, table: pa.Table, footer: Footer) -> Part:

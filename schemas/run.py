@@ -82,7 +82,10 @@ class Run:
             version = record["layout_version"]
             run = cls(url, record["run_id"], record["corpus"], record["root"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFile(f"{url}/run.json is damaged ({error})") from error
+            raise CorruptFile(
+                f"{url}/run.json is damaged ({error}); delete it and run `lehr plan` once more with the same corpus and options, "
+                "which writes it again and keeps everything else"
+            ) from error
         if version != LAYOUT_VERSION:
             raise InputError(f"{url} has layout version {version}; this Lehr reads {LAYOUT_VERSION}")
         return run

@@ -31,16 +31,20 @@ class Heartbeat:
     tokens_done: int = 0
     last_error: str = ""
     busy_s: float = 0.0
-    """Seconds from its start to this word by a clock that nobody sets; 0 where it was not written."""
+    """Seconds from its first finished batch to this word by a clock that nobody sets: without what loading a model takes."""
+    busy_tokens: int = 0
+    """Tokens finished in them."""
     planned_done: int = 0
     """Tokens that the plan estimated for the units that this worker computed."""
     encoded_done: int = 0
     """Tokens that those units came to have."""
 
     @property
-    def seconds(self) -> float:
-        """How long it has been at work."""
-        return max(self.busy_s or self.updated - self.started, 1e-3)
+    def tokens_per_second(self) -> float | None:
+        """Its speed; None before its second batch."""
+        if self.busy_tokens and self.busy_s:
+            return self.busy_tokens / self.busy_s
+        return None
 
 
 def read_heartbeats(run: Run, stage: str, name: str) -> list[Heartbeat]:
@@ -76,7 +80,8 @@ class HeartbeatWriter:
         clock: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._clock, self._steady, self._began = clock, steady, steady()
+        self._clock, self._steady = clock, steady
+        self._first: tuple[float, int] | None = None
         host, pid, now = socket.gethostname(), os.getpid(), clock()
         self._url = run.path(f"{run.timings_folder(stage, name)}/worker-{host}-{pid}.json")
         self._beat = Heartbeat(host=host, pid=pid, started=now, updated=now, attempt=attempt)
@@ -88,7 +93,11 @@ class HeartbeatWriter:
 
     def tokens(self, count: int) -> None:
         """Add finished tokens."""
-        self._update(tokens_done=self._beat.tokens_done + count)
+        done = self._beat.tokens_done + count
+        if self._first is None:
+            self._first = self._steady(), done
+        since, before = self._first
+        self._update(tokens_done=done, busy_s=round(self._steady() - since, 3), busy_tokens=done - before)
 
     def unit_done(self, *, planned_tokens: int = 0) -> None:
         """Count a finished unit and write at once; `planned_tokens` is the plan's estimate of one that was computed, not kept."""
@@ -102,8 +111,7 @@ class HeartbeatWriter:
 
     def _update(self, *, force: bool = False, **changes: object) -> None:
         now = self._steady()
-        timed = {"updated": self._clock(), "busy_s": round(now - self._began, 3)}
-        self._beat = dataclasses.replace(self._beat, **timed, **changes)  # type: ignore[arg-type]
+        self._beat = dataclasses.replace(self._beat, updated=self._clock(), **changes)  # type: ignore[arg-type]
         if force or self._written is None or now - self._written >= _INTERVAL_S:
             self._written = now
             try:

@@ -245,6 +245,8 @@ class _Builder:
                 unit=self.units[0].unit_id,
                 units_done=len(self.units) // 2,
                 tokens_done=tokens // 2,
+                busy_s=99.0,
+                busy_tokens=tokens // 2,
                 last_error="out of memory: the batch was halved" if pid == 2 else "",
             )
             folder = self.run.timings_folder("score", scoring)

@@ -142,9 +142,9 @@ def corpus_changed(trial: Trial) -> None:
     trial.resume("score")
     listed = _expected(trial, file, edit, corpus)
     found = tree_hashes(trial.run)
-    for path, digest in listed.items():
-        if found.get(path) != digest:
-            trial.verdict.differing_bytes += (trial.run / path).stat().st_size if path in found else 1
-            trial.note(f"differs: {path}")
+    for name, digest in listed.items():
+        if found.get(name) != digest:
+            trial.verdict.differing_bytes += (trial.run / name).stat().st_size if name in found else 1
+            trial.note(f"differs: {name}")
     trial.check_listed()
     trial.count_rows()

@@ -18,13 +18,15 @@ def _killed(trial: Trial, stage: str) -> Ended:
 
     An attempt that finished first is repeated with the moment drawn anew, and does not count.
     """
-    rng, seconds = trial.rng, trial.world.seconds[stage]
+    rng, seconds, steps = trial.rng, trial.world.seconds[stage], trial.world.write_steps(stage)
     ended = Ended(stage, 0, "")
     for _ in range(_ATTEMPTS):
         trial.again()
         trial.copy(stage)
         if rng.random() < 0.5:
-            arm = ("die_at_write", {"below": str(trial.run), "number": 1 + int(rng.random() ** 2 * 60)})
+            # Half of them among the last, where the manifest is written.
+            number = rng.randint(1, steps) if rng.random() < 0.5 else rng.randint(max(1, steps - 30), steps)
+            arm = ("die_at_write", {"below": str(trial.run), "number": number})
             ended = trial.start(stage, arms=[arm]).wait()
         else:
             process = trial.start(stage)
@@ -95,7 +97,8 @@ def kill_worker(trial: Trial) -> None:
             # A worker that is lost is replaced: nobody has to do anything.
             trial.verdict.unfinished += 1
             trial.note(f"status {ended.status} after the {victim} was killed: {ended.output[-1500:]}")
-        end = time.monotonic() + 20
+        # One that had only begun waits a minute for the supervisor that started it, in Beam's own code.
+        end = time.monotonic() + 75
         while any(process.family().values()) and time.monotonic() < end:
             time.sleep(0.05)
         if any(process.family().values()):
@@ -109,5 +112,3 @@ def kill_worker(trial: Trial) -> None:
 def _until_part(process: Process, run: Path) -> None:
     while not process.done(0.002) and not list((run / "features").glob("base/part-*")):
         pass
-
-

@@ -30,7 +30,9 @@ def out_of_memory(trial: Trial) -> None:
     for path in sorted((trial.run / "features/base").glob("*.parquet")):
         notes = json.loads(pq.read_metadata(path).metadata[b"lehr.notes"])
         halvings += notes["batch_halvings"]
-        found, wanted = (pq.read_table(place, partitioning=None) for place in (path, expected / path.relative_to(trial.run)))
+        found, wanted = (
+            pq.read_table(place, partitioning=None) for place in (path, expected / path.relative_to(trial.run))
+        )
         for name in wanted.column_names:
             if name == "sketch":
                 one, other = (np.stack(table[name].to_pylist()).astype(float) for table in (found, wanted))
@@ -46,10 +48,10 @@ def out_of_memory(trial: Trial) -> None:
     trial.verdict.injected = int(halvings > 0)
     if not halvings:
         trial.note(f"no batch was halved: {batches}")
-    for path, digest in tree_hashes(trial.run).items():
-        if path.startswith(("rejects", "plan")) and digest != trial.world.expected["score"].get(path):
-            trial.verdict.differing_bytes += (trial.run / path).stat().st_size
-            trial.note(f"differs: {path}")
+    for name, digest in tree_hashes(trial.run).items():
+        if name.startswith(("rejects", "plan")) and digest != trial.world.expected["score"].get(name):
+            trial.verdict.differing_bytes += (trial.run / name).stat().st_size
+            trial.note(f"differs: {name}")
     trial.check_listed()
     trial.count_rows()
     checked = trial.zygote.run("verify", str(trial.run))

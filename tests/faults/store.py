@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.faults.trial import Trial
 from tests.faults.world import World
@@ -36,11 +37,11 @@ def store_errors(trial: Trial) -> None:
     run = f"gs://{BUCKET}/{name}"
     gcs.copy(f"world/before/{stage}", name)
     command = trial.world.command(stage, run, corpus=f"{_WORLD}/corpus", place=_WORLD)
-    how = {"env": {"STORAGE_EMULATOR_HOST": gcs.host}, "arms": [("patient_never", {})]}
+    how: dict[str, Any] = {"env": {"STORAGE_EMULATOR_HOST": gcs.host}, "arms": [("patient_never", {})]}
     lasting = rng.random() < 0.3
-    described = []
+    described: list[tuple[str, dict[str, Any]]] = []
     for _ in range(rng.randint(1, 3)):
-        fault = rng.choice(
+        fault: dict[str, Any] = rng.choice(
             [
                 *({"status": status} for status in (429, 500, 502, 503, 504)),
                 {"status": 500, "late": True},
@@ -78,5 +79,3 @@ def store_errors(trial: Trial) -> None:
     gcs.save(name, str(trial.run))
     gcs.remove(name)
     trial.judge(stage)
-
-

@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import io
 import json
-import random
 import shutil
 import tarfile
 import time
@@ -70,6 +69,14 @@ class World:
     def before(self, stage: str) -> Path:
         """The run as it stands before a stage; `done` is the end."""
         return self.folder / "before" / stage
+
+    def write_steps(self, stage: str) -> int:
+        """About how many steps the writes of a stage have: a file is opened, renamed and looked for once more."""
+        before = self.expected[STAGES[STAGES.index(stage) - 1]] if stage != STAGES[0] else {}
+        files = len(self.expected[stage]) - len(before)
+        chunks = 4 if stage == "target" else 0
+        progress = {"plan": 2, "target": 7, "score": 23, "select": 0, "export": 20}[stage]
+        return 3 * (files + chunks + progress)
 
     def sources(self, place: str | None = None) -> list[str]:
         """Options of `lehr target` that name its files, below another place than this folder if one is given."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -254,7 +255,8 @@ def _fork_workers() -> None:
         return _ForkedWorker(address, env)
 
     subprocess_module: Any = local_job_service.subprocess
-    local_job_service.subprocess = type("subprocess", (), {**vars(subprocess_module), "Popen": staticmethod(popen)})
+    replaced: Any = type("subprocess", (), {**vars(subprocess_module), "Popen": staticmethod(popen)})
+    local_job_service.subprocess = replaced
     forking = multiprocessing.get_context("fork")
 
     class Supervisor(forking.Process):  # type: ignore[name-defined, misc]
@@ -294,7 +296,7 @@ def serve() -> None:
             if answer == 0:
                 os.setsid()
                 _output_to(request["log"])
-                _end(lambda: _command(request))
+                _end(functools.partial(_command, request))
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 

@@ -24,7 +24,9 @@ def unfinish(run: Run, missing: int) -> None:
 
 
 def beat(**changes: object) -> Heartbeat:
-    base = Heartbeat(host="a", pid=1, started=1000.0, updated=1100.0, attempt="x", tokens_done=500)
+    base = Heartbeat(
+        host="a", pid=1, started=1000.0, updated=1100.0, attempt="x", tokens_done=500, busy_s=100.0, busy_tokens=500
+    )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 

@@ -596,7 +596,7 @@ def test_strange_names_of_folders_files_and_columns_are_names(
 ) -> None:
     """Quotes, SQL, markup and patterns: what is printed can be typed again, what is queried is what is there."""
     rng = random.Random(9)
-    home = tmp_path / "it's \"a\" [bold] :heart: {x} %s; DROP TABLE features"
+    home = tmp_path / 'it\'s "a" [bold] :heart: {x} %s; DROP TABLE features'
     for number, name in enumerate(STRANGE_FILES):
         rows: list[dict[str, object]] = [
             {"text": sentence(rng, 10, 30), "na'me; DROP": f"{number}-{row}", 'q"': "x"} for row in range(2)

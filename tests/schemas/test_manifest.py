@@ -89,7 +89,9 @@ def test_every_bit_of_a_manifest_is_covered(tmp_path: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
         (tmp_path / "flipped.json").write_bytes(data)
         try:
-            assert read_manifest(str(tmp_path / "flipped.json"), "") == MANIFEST, bit  # a blank became a tab, or the like
+            assert read_manifest(str(tmp_path / "flipped.json"), "") == MANIFEST, (
+                bit
+            )  # a blank became a tab, or the like
         except CorruptFile:
             continue
         assert bytes(data).split() == sound.split(), bit

@@ -202,7 +202,9 @@ def test_every_bit_of_a_file_is_covered() -> None:
     rng = random.Random(3)
     sound = encode_table(features(3), FOOTER)
     footer = int.from_bytes(sound[-8:-4], "little") + 8
-    places = [len(sound) - 1 - rng.randrange(footer) for _ in range(1500)] + [rng.randrange(len(sound)) for _ in range(300)]
+    places = [len(sound) - 1 - rng.randrange(footer) for _ in range(1500)] + [
+        rng.randrange(len(sound)) for _ in range(300)
+    ]
     for place in places:
         data = bytearray(sound)
         data[place] ^= 1 << rng.randrange(8)

@@ -45,9 +45,21 @@ def test_written_every_two_seconds_and_with_every_unit(run: Run) -> None:
     assert said(run).tokens_done == 10
     clock.passes(1.5)
     heart.tokens(10)
-    assert said(run).tokens_done == 30 and said(run).busy_s == pytest.approx(2.5)
+    assert said(run).tokens_done == 30
     heart.unit_done(planned_tokens=12)
     assert (said(run).units_done, said(run).planned_done, said(run).encoded_done) == (1, 12, 30)
+
+
+def test_speed_is_that_of_the_work_and_not_of_loading_a_model(run: Run) -> None:
+    clock = Clock()
+    heart = writer(run, clock)
+    heart.unit("u")
+    clock.passes(60)
+    heart.tokens(100)
+    assert said(run).tokens_per_second is None
+    clock.passes(4)
+    heart.tokens(80)
+    assert said(run).tokens_per_second == pytest.approx(80 / 4)
 
 
 def test_a_clock_that_is_set_back_neither_silences_nor_hurries_a_worker(run: Run) -> None:
@@ -58,7 +70,7 @@ def test_a_clock_that_is_set_back_neither_silences_nor_hurries_a_worker(run: Run
     clock.passes(5)
     heart.tokens(10)
     beat = said(run)
-    assert beat.tokens_done == 20 and beat.busy_s == pytest.approx(5) and beat.updated < beat.started
+    assert beat.tokens_done == 20 and beat.tokens_per_second == pytest.approx(10 / 5) and beat.updated < beat.started
 
 
 def test_a_skipped_unit_says_nothing_about_the_estimate(run: Run) -> None:
