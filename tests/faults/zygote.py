@@ -188,7 +188,9 @@ class _ForkedWorker:
         self.returncode: int | None = None
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(nursery)
-        self._socket.sendall(json.dumps(dict(environment)).encode() + b"\n")
+        # A worker writes where the process that asked for it does.
+        request = [os.readlink("/proc/self/fd/2"), dict(environment)]
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
 
     def wait(self) -> int:
         if self.returncode is None:
@@ -221,8 +223,11 @@ def _nursery(server: socket.socket, parent: int) -> None:
                 server.close()
                 connection.close()
                 _rename(WORKER)
+                output, environment = json.loads(line)
+                with contextlib.suppress(OSError):
+                    _output_to(output)
                 os.environ.clear()
-                os.environ.update(json.loads(line))
+                os.environ.update(environment)
                 _end(lambda: sdk_worker_main.main([]))
             workers[pid] = connection
         while workers:
