@@ -11,13 +11,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import environment, main, say
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import environment, main, say
 from tests.faults.disk import can_mount
 from tests.faults.kinds import KINDS, run_many, schedule
 from tests.faults.trial import COUNTS, Verdict, total

@@ -98,14 +98,20 @@ def encode_table(table: pa.Table, footer: Footer) -> bytes:
     return data[:place] + sha256(data).encode() + data[place + len(_BLANK) :]
 
 
-def _check_digest(data: bytes, url: str) -> None:
+def _check_digest(data: bytes | pa.Buffer, url: str) -> None:
     """Refuse a file that is not, byte for byte, what was written; one from before files held their hash passes."""
-    found = data.rfind(_DIGEST_MARK)
+    view = memoryview(data)
+    # The last 8 bytes say how long the footer before them is; where they are damaged, the file cannot be opened.
+    start = max(0, len(view) - int.from_bytes(view[-8:-4], "little") - 8)
+    found = bytes(view[start:]).rfind(_DIGEST_MARK)
     if found < 0:
         return
-    place = found + len(_DIGEST_MARK)
+    place = start + found + len(_DIGEST_MARK)
     end = place + len(_BLANK)
-    if sha256(data[:place] + _BLANK + data[end:]).encode() != data[place:end]:
+    digest = hashlib.sha256(view[:place])
+    digest.update(_BLANK)
+    digest.update(view[end:])
+    if digest.hexdigest().encode() != bytes(view[place:end]):
         raise CorruptFile(
             f"{url}: damaged (its content is not what its own hash says); delete it and run its stage again"
         )
