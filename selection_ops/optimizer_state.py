@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -162,7 +161,7 @@ def _read_pickled(url: str) -> dict[str, Any]:
             record = torch.load(io.BytesIO(read_bytes(url)), map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer state") from error
-    except pickle.UnpicklingError as error:
+    except torch.serialization.pickle.UnpicklingError as error:  # type: ignore[attr-defined]
         raise InputError(
             f"{url} holds more than tensors and numbers, and is not opened: save the optimizer's state_dict() alone "
             f"({str(error).splitlines()[0]})"

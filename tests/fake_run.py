@@ -17,7 +17,7 @@ from schemas.parquet import Footer, Part, rows_to_table, write_table
 from schemas.run import Run
 from schemas.sample import Sample
 from schemas.shards import RankedSample, ShardEntry, StreamIndex, encode_record, encode_shard, index_bytes
-from schemas.spec import EncodingSpec, FeatureSpec, InputGroup, PlanSpec
+from schemas.spec import EncodingSpec, FeatureSpec, InputGroup, PlanSpec, PreconditionerSpec
 from schemas.storage import sha256, write_whole
 from schemas.tables import GEOMETRY_COLUMNS, OVERLAP_COLUMNS
 from schemas.timings import Heartbeat
@@ -113,7 +113,20 @@ class _Builder:
             encoding=EncodingSpec(max_tokens=128),
             input_groups=(InputGroup(name="layer.0", sites=("layer.0", "layer.1")),),
             k=self.options.k,
+            precondition_candidate="P^1/2",
+            precondition_target="P^1/2",
+            preconditioner=PreconditionerSpec(optimizer="adamw", state=fingerprint("moments")),
         )
+
+    def factors(self, scoring: str) -> Part:
+        rows: list[dict[str, Any]] = [
+            {"name": "layer.0", "side": "out", "correlation": 0.9, "factor": [1.0, 2.0]},
+            {"name": "layer.1", "side": "out", "correlation": 0.7, "factor": [0.5, 1.5, 1.0]},
+            {"name": "layer.0", "side": "in", "correlation": None, "factor": [1.0, 1.25]},
+        ]
+        footer = Footer(schema="preconditioner", spec=self.spec(scoring).preconditioner_fingerprint)
+        table = rows_to_table("preconditioner", rows)
+        return write_table(self.run.url, self.run.preconditioner_path(scoring), table, footer)
 
     def declare(self, scoring: str) -> None:
         self.manifest(
@@ -122,6 +135,7 @@ class _Builder:
                 name=scoring,
                 spec=plain(self.spec(scoring)),
                 inputs={},
+                parts=(self.factors(scoring),),
                 summary={
                     "parameters": 1_000_000,
                     "attributed_parameters": 780_000,

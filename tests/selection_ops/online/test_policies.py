@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from schemas.errors import InputError
-from selection_ops.online.metrics import geometry, get_metric
+from selection_ops.online.metrics import METRICS, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, make_policy, policy_names
 from tests.reference.online import box_quadratic, greedy
@@ -179,5 +179,8 @@ def test_metrics() -> None:
     assert not get_metric("sgd").needs_preconditioner
     gradient, p = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])
     assert get_metric("target").precondition_target(gradient, p).tolist() == [3.0, 1.0]
+    assert {name: (m.candidate_power, m.target_power) for name, m in METRICS.items()} == {
+        "sgd": (0, 0), "natural": (0.5, 0.5), "target": (0, 1), "update": (1, 1), "opus": (1, 0),
+    }  # fmt: skip
     with pytest.raises(InputError, match="sgd, natural, target"):
-        get_metric("opus")
+        get_metric("hessian")
