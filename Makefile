@@ -25,7 +25,7 @@ demo-full: $(READY) ## the same on the large pool, 24 steps, 3 seeds (hours)
 	$(BIN)/lehr demo runs/demo-full --size full
 
 test: $(READY) ## the quick tests (under 5 minutes on 2 cores, no download)
-	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
 test-slow: $(READY) ## the slow tests alone
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL)
