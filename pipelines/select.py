@@ -66,7 +66,17 @@ def run_select(
     """
     started = time.perf_counter()
     with counted() as seconds:
-        report = _select(run, name, scoring, target, budget, settings, keep_overlapping, columns_only)
+        ready = prepare(
+            run, name, scoring, target, budget, settings, keep_overlapping=keep_overlapping, columns_only=columns_only
+        )
+        spec, data = ready.spec, ready.data
+        pool = read_pool(run, ready.score, ready.curvature, spec, columns_only=columns_only)
+        candidates = candidate_set(
+            pool.columns, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK
+        )
+        solution = select(candidates, data.geometry if data else None, budget, settings)
+        record = _solution_record(settings, budget, candidates, solution, data)
+        report = _write(run, name, ready.select_spec, ready.inputs, pool.columns, candidates, solution, record)
     total = time.perf_counter() - started
     seconds["other"] = total - sum(seconds.values())
     seconds["total"] = total
@@ -130,28 +140,6 @@ def prepare(
         inputs |= {"curvature": curvature.fingerprint, "target": data.fingerprint}
     _refuse_other(run, name, select_spec)
     return Prepared(select_spec=select_spec, inputs=inputs, spec=spec, score=score, curvature=curvature, data=data)
-
-
-def _select(
-    run: Run,
-    name: str,
-    scoring: str,
-    target: str,
-    budget: Budget,
-    settings: SelectorSettings,
-    keep_overlapping: bool,
-    columns_only: bool,
-) -> SelectReport:
-    ready = prepare(
-        run, name, scoring, target, budget, settings, keep_overlapping=keep_overlapping, columns_only=columns_only
-    )
-    spec, data = ready.spec, ready.data
-    pool = read_pool(run, ready.score, ready.curvature, spec, columns_only=columns_only)
-    features = pool.columns
-    candidates = candidate_set(features, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK)
-    solution = select(candidates, data.geometry if data else None, budget, settings)
-    record = _solution_record(settings, budget, candidates, solution, data)
-    return _write(run, name, ready.select_spec, ready.inputs, features, candidates, solution, record)
 
 
 def _refuse_other(run: Run, name: str, select_spec: dict[str, Any]) -> None:

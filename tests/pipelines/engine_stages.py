@@ -18,7 +18,7 @@ from schemas.storage import TEMPORARY_PREFIX
 from schemas.timings import read_heartbeats
 from schemas.units import read_plan
 from selection_ops.selectors import Budget, SelectorSettings
-from tests.killing import finish, start_module
+from tests.killing import finish, start_module, until
 from tests.pipelines.worlds import IN_PROCESS, SCORING, World, make_world, tree_hashes
 
 SHARD_SAMPLES = 20
@@ -100,6 +100,30 @@ def run_stage(expected: Expected, verb: str, run: Path, engine: tuple[str, ...])
     process = start_stage(expected, verb, run, engine)
     finish(process, log_of(run))
     return process.pid
+
+
+def begin_scoring(expected: Expected, run: Path, engine: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    """A `lehr score` whose first features stand."""
+    process = start_stage(expected, "score", run, engine)
+    until(lambda: len(features_of(run)) >= 5 or process.poll() is not None, 120, "the first features stand")
+    assert process.poll() is None and len(features_of(run)) < expected.units
+    return process
+
+
+def refused(process: subprocess.Popen[bytes], run: Path, what: str) -> None:
+    """A `lehr score` whose engine was killed says so, and ends with status 75 and no manifest."""
+    assert process.wait(timeout=60) == 75, log_of(run).read_text()[-4000:]
+    told = " ".join(log_of(run).read_text().split())
+    assert what in told and "run the same command again" in told
+    assert not (run / "stages/score/base.json").exists()
+
+
+def resumes(expected: Expected, run: Path, engine: tuple[str, ...]) -> None:
+    """The same command again keeps what stands and ends in the bytes of an undisturbed run."""
+    kept = {path: path.stat().st_mtime_ns for path in features_of(run)}
+    run_stage(expected, "score", run, engine)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert bytes_after_kill(run) == expected.scored_bytes
 
 
 def features_of(run: Path) -> list[Path]:

@@ -23,14 +23,16 @@ from tests.killing import finish, until
 from tests.pipelines.engine_stages import (
     Expected,
     TwoEnds,
+    begin_scoring,
     bytes_after_kill,
     choose,
     features_of,
     log_of,
     make_expected,
     pids_of,
+    refused,
+    resumes,
     run_stage,
-    start_stage,
 )
 from tests.pipelines.worlds import tree_hashes
 
@@ -92,8 +94,7 @@ def test_every_stage_on_two_dask_workers_gives_the_same_bytes(
 @pytest.mark.slow
 def test_a_killed_dask_worker_costs_no_byte(expected: Expected, cluster: DaskCluster, tmp_path: Path) -> None:
     run = expected.copy(expected.described, tmp_path / "run")
-    process = start_stage(expected, "score", run, cluster.options)
-    until(lambda: len(features_of(run)) >= 5 or process.poll() is not None, 120, "the first features stand")
+    process = begin_scoring(expected, run, cluster.options)
     victim = sorted(pids_of(run, "score", "base"))[0]
     assert victim in cluster.worker_pids()
     os.kill(victim, signal.SIGKILL)
@@ -124,24 +125,17 @@ def test_a_killed_dask_scheduler_is_status_75_and_the_same_command_resumes(
     expected: Expected, cluster: DaskCluster, tmp_path: Path
 ) -> None:
     run = expected.copy(expected.described, tmp_path / "run")
-    process = start_stage(expected, "score", run, cluster.options)
-    until(lambda: len(features_of(run)) >= 5 or process.poll() is not None, 120, "the first features stand")
+    process = begin_scoring(expected, run, cluster.options)
     cluster.scheduler.send_signal(signal.SIGKILL)
     assert process.poll() is None
-    assert process.wait(timeout=60) == 75, log_of(run).read_text()[-4000:]
-    told = " ".join(log_of(run).read_text().split())
-    assert "the Dask cluster was lost" in told and "run the same command again" in told
-    assert not (run / "stages/score/base.json").exists()
+    refused(process, run, "the Dask cluster was lost")
     assert len(features_of(run)) < expected.units
     cluster.end()
-    kept = {path: path.stat().st_mtime_ns for path in features_of(run)}
     again = start_dask(tmp_path)
     try:
-        run_stage(expected, "score", run, again.options)
+        resumes(expected, run, again.options)
     finally:
         again.end()
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert bytes_after_kill(run) == expected.scored_bytes
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from schemas.spec import EncodingSpec, PlanSpec
 from schemas.storage import TEMPORARY_PREFIX
 from selection_ops.encoding import Encoder
 from selection_ops.selectors import Budget, SelectorSettings
+from tests.disks import can_mount, small_disk
 from tests.pipelines.worlds import IN_PROCESS, SCORING, World, corpus_rows, make_world, sentence, tree_hashes
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -418,25 +419,6 @@ def test_a_run_directory_below_a_file_is_an_error(described: World, tmp_path: Pa
     answer = lehr("plan", tmp_path / "file" / "run", described.corpus)
     assert answer.status == EXIT_ERROR
     assert f"{tmp_path}/file/run" in answer.error
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "lehr-test", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def can_mount() -> bool:
-    """Whether this process may make a real small disk."""
-    try:
-        with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder) / "disk", "1m"):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
 
 
 class FullDisk:

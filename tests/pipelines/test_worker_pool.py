@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +16,15 @@ from tests.clusters import WorkerPool, end_service, free_port, start_pool
 from tests.killing import finish, session, until
 from tests.pipelines.engine_stages import (
     Expected,
+    begin_scoring,
     bytes_after_kill,
     choose,
     features_of,
     log_of,
     make_expected,
     pids_of,
+    refused,
+    resumes,
     run_stage,
     start_stage,
 )
@@ -39,14 +41,6 @@ def pool(tmp_path: Path) -> Iterator[WorkerPool]:
     started = start_pool(tmp_path)
     yield started
     started.end()
-
-
-def begin_scoring(expected: Expected, pool: WorkerPool, run: Path) -> subprocess.Popen[bytes]:
-    """A `lehr score` whose first features stand."""
-    process = start_stage(expected, "score", run, pool.options)
-    until(lambda: len(features_of(run)) >= 5 or process.poll() is not None, 120, "the first features stand")
-    assert process.poll() is None and len(features_of(run)) < expected.units
-    return process
 
 
 @pytest.mark.slow
@@ -73,7 +67,7 @@ def test_every_stage_by_two_pool_workers_gives_the_same_bytes(
 @pytest.mark.slow
 def test_a_killed_pool_worker_costs_no_byte(expected: Expected, pool: WorkerPool, tmp_path: Path) -> None:
     run = expected.copy(expected.described, tmp_path / "run")
-    process = begin_scoring(expected, pool, run)
+    process = begin_scoring(expected, run, pool.options)
     victim = sorted(pids_of(run, "score", "base"))[0]
     assert victim in pool.worker_pids()
     os.kill(victim, signal.SIGKILL)
@@ -87,25 +81,20 @@ def test_a_killed_pool_is_status_75_and_the_same_command_resumes(
     expected: Expected, pool: WorkerPool, tmp_path: Path
 ) -> None:
     run = expected.copy(expected.described, tmp_path / "run")
-    process = begin_scoring(expected, pool, run)
+    process = begin_scoring(expected, run, pool.options)
     end_service(pool.service)
-    assert process.wait(timeout=60) == 75, log_of(run).read_text()[-4000:]
-    assert "the worker pool was lost" in log_of(run).read_text()
-    assert not (run / "stages/score/base.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in features_of(run)}
+    refused(process, run, "the worker pool was lost")
     again = start_pool(tmp_path)
     try:
-        run_stage(expected, "score", run, again.options)
+        resumes(expected, run, again.options)
     finally:
         again.end()
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert bytes_after_kill(run) == expected.scored_bytes
 
 
 @pytest.mark.slow
 def test_pool_workers_end_with_the_killed_command(expected: Expected, pool: WorkerPool, tmp_path: Path) -> None:
     run = expected.copy(expected.described, tmp_path / "run")
-    process = begin_scoring(expected, pool, run)
+    process = begin_scoring(expected, run, pool.options)
     assert pool.worker_pids()
     process.send_signal(signal.SIGKILL)
     process.wait()
