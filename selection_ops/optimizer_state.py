@@ -30,6 +30,8 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
+_WAYS = f"name a checkpoint folder, an {PICKLED_FILE} or an {OPTIMIZER_FILE}"
+
 Optimizer = Literal["adamw", "adafactor"]
 
 _FACTORS = {"row_var": "exp_avg_sq_row", "col_var": "exp_avg_sq_col", "variance": "exp_avg_sq"}
@@ -89,7 +91,7 @@ def read_optimizer(place: str, model: nn.Module | None = None) -> OptimizerState
         try:
             tensors = read_tensors(url)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{url} does not exist; name a checkpoint folder or an {OPTIMIZER_FILE}") from error
+            raise InputError(f"{url} does not exist; {_WAYS}") from error
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFile(f"{url} is not a readable safetensors file ({error})") from error
         numbers = _lehr_numbers(place, tensors) if url != place else {}
@@ -160,11 +162,11 @@ def _read_pickled(url: str) -> dict[str, Any]:
         else:
             record = torch.load(io.BytesIO(read_bytes(url)), map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{url} does not exist; name a checkpoint folder or an optimizer state") from error
+        raise InputError(f"{url} does not exist; {_WAYS}") from error
     except torch.serialization.pickle.UnpicklingError as error:  # type: ignore[attr-defined]
+        # torch's own words advise to open it all the same.
         raise InputError(
-            f"{url} holds more than tensors and numbers, and is not opened: save the optimizer's state_dict() alone "
-            f"({str(error).splitlines()[0]})"
+            f"{url} is damaged, or holds more than tensors and numbers, and is not opened: save the optimizer's state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CorruptFile(f"{url} is not a readable file of torch.save ({error})") from error

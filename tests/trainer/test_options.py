@@ -297,7 +297,7 @@ def test_optimizer_state_of_another_model_is_refused(world: tuple[Run, Path], tm
     state = other_run.path(train(other_run, settings(other, "t"))["checkpoint"])
     with pytest.raises(InputError, match="it belongs to another model"):
         train(run, settings(folder, "wrong", optimizer_state=state))
-    with pytest.raises(InputError, match=r"name a checkpoint folder or an optimizer.safetensors"):
+    with pytest.raises(InputError, match=r"name a checkpoint folder, an optimizer\.pt or an optimizer\.safetensors"):
         train(run, settings(folder, "none", optimizer_state=str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="it is not an optimizer state"):
         train(run, settings(folder, "weights", optimizer_state=f"{state}/model.safetensors"))
