@@ -24,7 +24,8 @@ from benchmarks import common
 from selection_ops.encoding import Encoded
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, make_policy
-from trainer.step import Candidate, OnlineStep
+from trainer.candidate import Candidate
+from trainer.step import OnlineStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

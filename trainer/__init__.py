@@ -6,19 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.candidate import Candidate, StepResult
     from trainer.loop import train
     from trainer.settings import TrainSettings
-    from trainer.step import Candidate, OnlineStep, StepResult
+    from trainer.step import OnlineStep
     from trainer.stream import Offered, RankedStream
 
 __all__ = ["Candidate", "Offered", "OnlineStep", "RankedStream", "StepResult", "TrainSettings", "train"]
 
 _HOMES = {
-    "Candidate": "trainer.step",
+    "Candidate": "trainer.candidate",
     "Offered": "trainer.stream",
     "OnlineStep": "trainer.step",
     "RankedStream": "trainer.stream",
-    "StepResult": "trainer.step",
+    "StepResult": "trainer.candidate",
     "TrainSettings": "trainer.settings",
     "train": "trainer.loop",
 }

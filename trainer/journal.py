@@ -13,7 +13,7 @@ from typing import Any
 from schemas.parquet import Footer, Part, rows_to_table, write_table
 from schemas.run import Run
 from schemas.storage import join, list_names, remove
-from trainer.step import Candidate, StepResult
+from trainer.candidate import Candidate, StepResult
 
 TABLES = ("steps", "decisions", "timings")
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from typing import Any
 
 import orjson
@@ -21,10 +20,11 @@ from selection_ops.encoding import Encoded, Encoder
 from selection_ops.model import choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
 from selection_ops.optimizer_state import read_optimizer
+from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
+from trainer.modes import Mode, choose_mode
 from trainer.schedules import get_schedule
 from trainer.settings import TrainSettings
-from trainer.step import Candidate, Mode, held_bytes_per_token, one_pass_refusal, require_one_pass
 from trainer.stream import Offered, RankedStream, read_beside, stream_url
 
 log = logging.getLogger(__name__)
@@ -47,33 +47,6 @@ class Prepared:
     mode: Mode
     total_steps: int
     """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
-
-
-def _mode(settings: TrainSettings, model: Any, dtype: str, longest: int) -> Mode:
-    """The mode asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory at most.
-
-    Raises `InputError` where one pass was asked for and the model does not allow it.
-    """
-    if settings.mode == "two-pass":
-        return "two-pass"
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    if settings.mode == "one-pass":
-        require_one_pass(model)
-        return "one-pass"
-    needed = held_bytes_per_token(model, dtype) * longest * settings.candidates
-    device = next(model.parameters()).device
-    # All there is, not what is free: the mode is part of the training's spec, and must not depend on what else runs.
-    whole = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    refusal = one_pass_refusal(model)
-    if not refusal and needed > whole / 4:
-        refusal = f"it would hold up to {needed / 1e9:.1f} GB of factors, more than a quarter of {whole / 1e9:.1f} GB"
-    log.info("mode %s: %s", "two-pass" if refusal else "one-pass", refusal or f"up to {needed / 1e9:.1f} GB of factors")
-    return "two-pass" if refusal else "one-pass"
 
 
 def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
@@ -130,7 +103,10 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             device=device,
         )
     encoder = Encoder(loaded.tokenizer, EncodingSpec(**index.encoding))
-    mode = _mode(settings, loaded.model, dtype, encoder.spec.max_tokens) if policy.needs_sketches else "two-pass"
+    mode: Mode = "two-pass"
+    if policy.needs_sketches:
+        longest = encoder.spec.max_tokens
+        mode = choose_mode(settings.mode, loaded.model, dtype, longest=longest, candidates=settings.candidates)
     moments = read_optimizer(settings.optimizer_state, loaded.model) if settings.optimizer_state else None
     spec: dict[str, Any] = plain(
         settings.spec(

@@ -352,6 +352,6 @@ def test_auto_takes_one_pass_where_memory_allows_it(world: tuple[Run, Path], mon
     run, folder = world
     train(run, settings(folder, "auto-fits", policy="filter-then-weight", mode="auto"))
     assert run.manifest("train", "auto-fits").spec["mode"] == "one-pass"
-    monkeypatch.setattr("trainer.prepare.held_bytes_per_token", lambda model, dtype: 2**40)
+    monkeypatch.setattr("trainer.modes.held_bytes_per_token", lambda model, dtype: 2**40)
     train(run, settings(folder, "auto-large", policy="filter-then-weight", mode="auto"))
     assert run.manifest("train", "auto-large").spec["mode"] == "two-pass"

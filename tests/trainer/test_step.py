@@ -18,7 +18,9 @@ from tests.reference.online import sample_gradients
 from tests.reference.preconditioning import adamw, log_rank_one
 from tests.tiny import MODELS, tiny_llama, tiny_tokenizer
 from tests.trainer.streams import ENCODING, texts
-from trainer.step import Candidate, OnlineStep, StepResult, _Padding, held_bytes_per_token
+from trainer.candidate import Candidate, StepResult
+from trainer.modes import held_bytes_per_token
+from trainer.step import OnlineStep
 
 
 @dataclasses.dataclass
@@ -424,7 +426,7 @@ def test_the_estimate_of_what_one_pass_holds() -> None:
     online = OnlineStep(model, torch.optim.AdamW(model.parameters()), mode="one-pass")
     items = offer(6)
     with torch.enable_grad():
-        online._sketches(online._engine, items, 1, _Padding())  # type: ignore[arg-type]
+        online._sketches(online._engine, items, 1)  # type: ignore[arg-type]
     held = sum(batch.bytes for _, batch in online._held)
     padded = max(item.tokens for item in items) * len(items)
     assert held / (held_bytes_per_token(model, "float32") * padded) == pytest.approx(1.0, abs=0.34)

@@ -1,0 +1,83 @@
+"""How a step that compares forms its gradient: in one pass where the model allows it and memory holds the factors, or in two."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from schemas.errors import InputError
+from selection_ops.model import causal_model
+from selection_ops.sites import MatrixParameter, search
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["one-pass", "two-pass"]
+
+
+def one_pass_refusal(model: Any) -> str:
+    """Why the gradient of a step cannot be formed from the factors of the pass that the choice was made from; empty where it can."""
+    model = causal_model(model)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "it has dropout, and the choice is made without"
+    if getattr(model, "is_activation_checkpointing", False):
+        return "it checkpoints activations, whose factors are not kept"
+    missing = {
+        name: reason for name, reason in search(model).reasons.items() if model.get_parameter(name).requires_grad
+    }
+    if missing:
+        name, reason = next(iter(missing.items()))
+        return f"the factors of {len(missing)} parameters are not known, such as {name} ({reason})"
+    return ""
+
+
+def held_bytes_per_token(model: Any, dtype: str) -> int:
+    """Bytes that one pass holds of every token: inputs (shared ones once) and output gradients of the matrices of the blocks, and
+    what reaches embedding and head."""
+    model = causal_model(model)
+    found = search(model)
+    shapes = {site.name: site.shape for site in found.matrices if site.blocks}
+    numbers = 2 * model.get_input_embeddings().weight.shape[1]
+    for group in found.groups:
+        held = [shapes[name] for name in group.sites if name in shapes]
+        numbers += sum(shape.outputs for shape in held if isinstance(shape, MatrixParameter))
+        numbers += next((shape.inputs for shape in held if isinstance(shape, MatrixParameter)), 0)
+    return numbers * {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
+
+
+def require_one_pass(model: Any) -> None:
+    """Raises `InputError` with the reason where a step of this model takes two passes."""
+    reason = one_pass_refusal(model)
+    if reason:
+        raise InputError(f"{type(model).__name__} cannot be trained in one pass: {reason}. Use mode two-pass")
+
+
+def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates: int) -> Mode:
+    """The mode asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory at most.
+
+    `longest` tokens of each of `candidates` samples are what a step may hold. Raises `InputError` where one pass was asked for and the
+    model does not allow it.
+    """
+    if asked == "two-pass":
+        return "two-pass"
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if asked == "one-pass":
+        require_one_pass(model)
+        return "one-pass"
+    needed = held_bytes_per_token(model, dtype) * longest * candidates
+    device = next(model.parameters()).device
+    # All there is, not what is free: the mode is part of the training's spec, and must not depend on what else runs.
+    whole = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    refusal = one_pass_refusal(model)
+    if not refusal and needed > whole / 4:
+        refusal = f"it would hold up to {needed / 1e9:.1f} GB of factors, more than a quarter of {whole / 1e9:.1f} GB"
+    log.info("mode %s: %s", "two-pass" if refusal else "one-pass", refusal or f"up to {needed / 1e9:.1f} GB of factors")
+    return "two-pass" if refusal else "one-pass"
