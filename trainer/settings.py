@@ -16,6 +16,8 @@ Evaluate = Literal["both", "end", "never"]
 class TrainSettings:
     """How to train on a ranked stream."""
 
+    # What is trained, and on what.
+
     stream: str = "match"
     """Name of the run's stream to train on, or path or URL of a folder that holds an index.json."""
     generation: int = 0
@@ -26,6 +28,8 @@ class TrainSettings:
     """Revision of a hub model."""
     name: str = ""
     """Name of the training; by default the name of the stream and the policy."""
+
+    # Choosing at a step.
 
     policy: str = "filter-then-weight"
     """What a step does with its candidates: `full` (train on all), `random`, `filter-then-weight`."""
@@ -58,6 +62,8 @@ class TrainSettings:
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
+    # Length and order.
+
     steps: int = 0
     """Optimizer steps; 0 trains to the end of the stream, or of the token budget."""
     token_budget: int = 0
@@ -68,6 +74,8 @@ class TrainSettings:
     """Order of the stream: `shuffled` (a function of the seed) or `ranked` (best first)."""
     seed: int = 0
     """Seed of order, target batches, random choice, projections and dropout."""
+
+    # Learning rate and optimizer.
 
     lr: float = 1e-5
     """Learning rate at the start of the schedule."""
@@ -88,6 +96,8 @@ class TrainSettings:
     optimizer_state: str = ""
     """Optimizer state to start from: a checkpoint folder of Lehr, or an optimizer.safetensors."""
 
+    # Evaluation and arithmetic.
+
     evaluate: Evaluate = "both"
     """When the loss on the held-out set is taken: `both` (before the first and after the last step), `end`, `never`."""
     eval_every: int = 0
@@ -98,6 +108,8 @@ class TrainSettings:
     """Attention implementation of transformers; by default the fastest on this hardware."""
     batch_tokens: int = 4096
     """Bound of longest x count of the batches that a step is computed in; bounds memory, not the step."""
+
+    # Places, cadences and devices: mostly execution.
 
     checkpoint_every: int = 50
     """Steps between checkpoints; the journal is written at each."""
