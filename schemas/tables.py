@@ -231,6 +231,7 @@ def _steps() -> pa.Schema:
             _field("eval_loss", number, "loss on the evaluation set after the update", "nats per token", True),
             _field("learning_rate", number, "learning rate of the step", "1"),
             _field("grad_norm", number, "norm of the weighted gradient before clipping", "nats per parameter unit"),
+            _field("grad_norm_l1", number, "sum of absolute values of that gradient", "nats per parameter unit", True),
             _field("clip_factor", number, "factor that clipping applied", "1"),
             _field("weight_sum", number, "sum of step weights", "1"),
             _field("effective_sample_size", number, "(sum w)^2 / sum w^2", "samples"),

@@ -601,6 +601,7 @@ class _Builder:
                     "eval_loss": 2.3 - gain * step if step % 4 == 0 else None,
                     "learning_rate": 1e-4 * (1 - step / (self.options.steps + 1)),
                     "grad_norm": 1.0,
+                    "grad_norm_l1": 20.0,
                     "clip_factor": 1.0,
                     "weight_sum": float(weights.sum()),
                     "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum()),

@@ -50,6 +50,8 @@ class StepResult:
     sample_loss_N: tuple[float | None, ...]
     """Sums over the loss tokens, nats; None for a candidate that was not computed."""
     grad_norm: float
+    grad_norm_l1: float
+    """Sum of absolute values of the gradient whose L2 norm is `grad_norm`: both before clipping."""
     clip_factor: float
     effective_sample_size: float
     padding_share: float

@@ -81,6 +81,7 @@ def step_row(result: StepResult, **context: Any) -> dict[str, Any]:
         "loss": result.loss,
         "target_loss": result.target_loss,
         "grad_norm": result.grad_norm,
+        "grad_norm_l1": result.grad_norm_l1,
         "clip_factor": result.clip_factor,
         "weight_sum": sum(result.weight_N),
         "effective_sample_size": result.effective_sample_size,

@@ -34,7 +34,6 @@ from trainer.checkpoints import (
 from trainer.evaluation import evaluate
 from trainer.journal import Journal, decision_rows, step_row
 from trainer.prepare import Prepared, candidate, prepare
-from trainer.schedules import learning_rate
 from trainer.settings import TrainSettings
 from trainer.step import OnlineStep
 from trainer.stream import shuffled_ranks
@@ -142,13 +141,7 @@ class _Training:
         if not offered:
             self._end("stream")
             return
-        rate = learning_rate(
-            settings.lr,
-            settings.schedule,
-            progress=self._share(),
-            step=number,
-            warmup_steps=settings.warmup_steps,
-        )
+        rate = ready.schedule.rate(progress=self._share(), step=number)
         for group in ready.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(int(fingerprint(["dropout", settings.seed, number])[:15], 16))

@@ -22,8 +22,9 @@ from selection_ops.online.policies import make_policy
 from selection_ops.optimizer_state import read_optimizer
 from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
+from trainer.earlier import refined_schedule
 from trainer.modes import Mode, choose_mode
-from trainer.schedules import get_schedule
+from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.stream import Offered, RankedStream, read_beside, stream_url
 
@@ -45,6 +46,7 @@ class Prepared:
     evaluation: list[Encoded]
     dtype: str
     mode: Mode
+    schedule: Schedule
     total_steps: int
     """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
 
@@ -67,7 +69,6 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     Raises `InputError` for a stream cut with another tokenizer, a name that stands for another spec, a target that a
     policy needs and the stream lacks, an unusable model or optimizer state.
     """
-    get_schedule(settings.schedule)
     policy = make_policy(settings.policy, settings.policy_options())
     if not settings.model:
         raise InputError("name the model to train with --model")
@@ -108,6 +109,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         longest = encoder.spec.max_tokens
         mode = choose_mode(settings.mode, loaded.model, dtype, longest=longest, candidates=settings.candidates)
     moments = read_optimizer(settings.optimizer_state, loaded.model) if settings.optimizer_state else None
+    refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     spec: dict[str, Any] = plain(
         settings.spec(
             stream=index.fingerprint,
@@ -116,6 +118,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             dtype=dtype,
             attention=attention,
             mode=mode,
+            schedule_from=norms,
         )
     )
     declare(run, name, spec)
@@ -149,6 +152,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         evaluation=[encode(encoder, item) for item in read_beside(stream.url, index, "evaluation")],
         dtype=dtype,
         mode=mode,
+        schedule=settings.learning_rates(refined=refined),
         total_steps=min(settings.steps or per_stream, per_stream),
     )
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from schemas.errors import InputError
 from selection_ops.online.options import PolicyOptions
+from trainer.schedules import NORMS, Refined, Schedule
 
 Order = Literal["shuffled", "ranked"]
 Evaluate = Literal["both", "end", "never"]
@@ -78,9 +79,22 @@ class TrainSettings:
     # Learning rate and optimizer.
 
     lr: float = 1e-5
-    """Learning rate at the start of the schedule."""
+    """Peak of the learning rate."""
     schedule: str = "linear"
-    """Learning rate over the training: `linear` (to zero), `constant`, `cosine`, `sqrt` (1 - sqrt of progress)."""
+    """Learning rate over the training: `linear` (to zero), `sqrt` (1 - sqrt of progress), `cosine`, `rex`, `exponential` (halves every
+    `half_life`), `refined` (from the gradient norms of `schedule_from`), `constant`."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a share of the peak; a floor of `exponential`."""
+    decay_from: float = 0.0
+    """Share of the training after which the rate decays; until then it stays at the peak."""
+    half_life: float = 0.25
+    """Share of the decay in which `exponential` halves the rate."""
+    schedule_from: str = ""
+    """Finished training of this run whose gradient norms `refined` reads."""
+    schedule_norm: str = "l1"
+    """Norms that `refined` reads: `l1` (weights are inverse norms, for AdamW) or `l2` (inverse squares, as derived for SGD)."""
+    schedule_smoothing: float = 0.1
+    """Window of the median filter over those norms, as a share of their steps."""
     warmup_steps: int = 0
     """Steps over which the learning rate is raised from zero, on top of the schedule."""
     weight_decay: float = 0.0
@@ -131,6 +145,13 @@ class TrainSettings:
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"{field} must lie in [0, 1), not {getattr(self, field)}")
+        self.learning_rates()
+        if bool(self.schedule_from) != (self.schedule == "refined"):
+            raise InputError("schedule refined and schedule_from belong together: give both or neither")
+        if self.schedule_norm not in NORMS:
+            raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
+        if not 0 <= self.schedule_smoothing <= 1:
+            raise InputError(f"schedule_smoothing must lie in [0, 1], not {self.schedule_smoothing}")
         if self.steps and self.token_budget:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.mode not in ("two-pass", "one-pass", "auto"):
@@ -155,6 +176,18 @@ class TrainSettings:
             weight_bound=self.weight_bound,
         )
 
+    def learning_rates(self, *, refined: Refined | None = None) -> Schedule:
+        """The schedule that the options describe. Raises `InputError` for an impossible value."""
+        return Schedule(
+            name=self.schedule,
+            peak=self.lr,
+            final=self.final_lr,
+            decay_from=self.decay_from,
+            half_life=self.half_life,
+            warmup_steps=self.warmup_steps,
+            refined=refined,
+        )
+
     def spec(self, **resolved: Any) -> dict[str, Any]:
         """What changes the result: every option but places, devices and cadences, with fingerprints for what was named.
 
@@ -172,6 +205,7 @@ EXECUTION = frozenset(
         "model",
         "revision",
         "optimizer_state",
+        "schedule_from",
         "checkpoint_every",
         "keep_checkpoints",
         "final_optimizer",

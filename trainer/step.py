@@ -128,7 +128,7 @@ class OnlineStep:
         weight_N = [0.0] * len(candidates)
         for index, weight in zip(decision.kept, weight_S.tolist()):
             weight_N[index] = weight
-        loss = grad_norm = float("nan")
+        loss = grad_norm = grad_norm_l1 = float("nan")
         clip_factor = 1.0
         if kept:
             if self._held:
@@ -137,7 +137,7 @@ class OnlineStep:
                 loss, kept_loss_S = self._backward(kept, weight_S, number)
                 for index, value in zip(decision.kept, kept_loss_S):
                     loss_N[index] = value if loss_N[index] is None else loss_N[index]
-            grad_norm, clip_factor = self._clip_gradients(kept, number)
+            grad_norm, grad_norm_l1, clip_factor = self._clip_gradients(kept, number)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.steps_taken = number
@@ -152,6 +152,7 @@ class OnlineStep:
             target_loss=target_loss,
             sample_loss_N=tuple(loss_N),
             grad_norm=grad_norm,
+            grad_norm_l1=grad_norm_l1,
             clip_factor=clip_factor,
             effective_sample_size=effective_sample_size(weight_S),
             padding_share=self._batches.padding_share,
@@ -240,18 +241,20 @@ class OnlineStep:
             total += float(loss.detach())
         return total, loss_S
 
-    def _clip_gradients(self, kept: Sequence[Candidate], number: int) -> tuple[float, float]:
+    def _clip_gradients(self, kept: Sequence[Candidate], number: int) -> tuple[float, float, float]:
+        """Clip by the L2 norm; returns that and the L1 norm, both before, and the factor."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not norm < float("inf"):
             self.optimizer.zero_grad(set_to_none=True)
             raise LehrError(_not_finite(number, f"norm of the gradient ({norm})", kept))
+        norm_l1 = float(torch.nn.utils.get_total_norm(gradients, norm_type=1.0))
         # The constant is torch's and transformers': a zero gradient is not divided by zero.
         factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
         if factor < 1.0:
             for gradient in gradients:
                 gradient.mul_(factor)
-        return norm, factor
+        return norm, norm_l1, factor
 
 
 def _not_finite(number: int, what: str, items: Sequence[Candidate]) -> str:

@@ -22,7 +22,9 @@ WEIGHTS = [1.0 + (row % 3) for row in range(24)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    return make_run(tmp_path_factory.mktemp("options"), samples=24, weights=WEIGHTS)
+    run, folder = make_run(tmp_path_factory.mktemp("options"), samples=24, weights=WEIGHTS)
+    train(run, settings(folder, "earlier", policy="full", epochs=4))
+    return run, folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Outcome:
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.steps]
+
+    def rates(self) -> list[float]:
+        return [row["learning_rate"] for row in self.steps]
 
     def kept(self) -> list[tuple[int, ...]]:
         return [tuple(d["rank"] for d in self.decisions if d["kept"] and d["step"] == r["step"]) for r in self.steps]
@@ -167,6 +172,31 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"policy": "full"},
         {"policy": "full", "schedule": "constant"},
         lambda a, b: {r["learning_rate"] for r in b.steps} == {1e-2} and a.steps[-1]["learning_rate"] < 1e-2,
+    ),
+    "final_lr": (
+        {"policy": "full"},
+        {"policy": "full", "final_lr": 0.5},
+        lambda a, b: b.rates() == pytest.approx([(1e-2 + r) / 2 for r in a.rates()], rel=1e-12),
+    ),
+    "decay_from": (
+        {"policy": "full", "epochs": 2},
+        {"policy": "full", "epochs": 2, "decay_from": 0.5},
+        lambda a, b: b.rates() == pytest.approx([1e-2] * 3 + a.rates()[::2], rel=1e-12),
+    ),
+    "half_life": (
+        {"policy": "full", "schedule": "exponential"},
+        {"policy": "full", "schedule": "exponential", "half_life": 1 / 3},
+        lambda a, b: b.rates() == pytest.approx([1e-2, 5e-3, 2.5e-3], rel=1e-12) != a.rates(),
+    ),
+    "schedule_norm": (
+        {"policy": "full", "schedule": "refined", "schedule_from": "earlier"},
+        {"policy": "full", "schedule": "refined", "schedule_from": "earlier", "schedule_norm": "l2"},
+        lambda a, b: a.rates() != b.rates(),
+    ),
+    "schedule_smoothing": (
+        {"policy": "full", "schedule": "refined", "schedule_from": "earlier", "schedule_smoothing": 0.0},
+        {"policy": "full", "schedule": "refined", "schedule_from": "earlier", "schedule_smoothing": 1.0},
+        lambda a, b: a.rates() != b.rates(),
     ),
     "warmup_steps": (
         {"policy": "full"},
@@ -325,7 +355,14 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
     "changes,message",
     [
         ({"policy": "best"}, "filter-then-weight, full, random"),
-        ({"schedule": "exp"}, "linear, constant"),
+        ({"schedule": "exp"}, "linear, sqrt, cosine"),
+        ({"schedule": "refined"}, "belong together"),
+        ({"schedule_from": "earlier"}, "belong together"),
+        ({"schedule": "refined", "schedule_from": "nobody"}, "nobody.json does not exist"),
+        ({"schedule_norm": "l3"}, "l1, l2"),
+        ({"schedule_smoothing": 2.0}, r"in \[0, 1\], not 2.0"),
+        ({"final_lr": -0.1}, "final_lr is a share"),
+        ({"schedule": "constant", "decay_from": 0.5}, "never decays"),
         ({"precondition": "half"}, "exact, rank-one"),
         ({"mode": "no-pass"}, "two-pass, one-pass, auto"),
         ({"metric": "opus"}, "use target or sgd"),
