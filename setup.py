@@ -40,6 +40,7 @@ setup(
         "peft": ["peft>=0.17"],
         "gcp": ["apache-beam[gcp]>=2.77,<3"],
         "dask": ["apache-beam[dask]>=2.77,<3"],
+        "tensorboard": ["tensorboard>=2.18"],
         "test": [
             "apache-beam[dask,gcp]>=2.77,<3",
             "peft>=0.17",
@@ -48,6 +49,7 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "scipy>=1.13",
+            "tensorboard>=2.18",
         ],
         "lint": ["ruff", "mypy"],
     },

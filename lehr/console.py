@@ -16,6 +16,7 @@ from rich.text import Text
 from schemas.run import Run
 from schemas.storage import is_local
 from schemas.timings import estimate_ratio, read_heartbeats
+from trainer.loggers.console import duration
 
 # Nothing that is printed is markup: paths and names may hold brackets and colons.
 console = Console(markup=False, emoji=False)
@@ -45,17 +46,6 @@ class _Rate(ProgressColumn):
         rate = task.completed / elapsed
         left = max(0.0, (task.total or 0) - task.completed) / rate
         return Text(f"{rate:,.0f} tokens/s, {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.4 h, 2.1 days."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
 
 
 def size(count: float) -> str:

@@ -149,7 +149,9 @@ NAMED_QUERIES: dict[str, NamedQuery] = {
         "where the time of every training went",
         """
         SELECT training, process, host, count(*) AS steps, round(sum(seconds), 2) AS seconds,
-            round(sum(cpu_seconds), 2) AS cpu_seconds, round(sum(selection_seconds) / sum(seconds), 3) AS selection_share
+            round(sum(cpu_seconds), 2) AS cpu_seconds, round(sum(selection_seconds) / sum(seconds), 3) AS selection_share,
+            round(sum(flops) / 1e12, 3) AS tera_flop, round(sum(selection_flops) / sum(flops), 3) AS selection_flops_share,
+            round(sum(mfu * seconds) / sum(seconds), 3) AS mfu, max(peak_memory) AS peak_memory
         FROM timings GROUP BY training, process, host ORDER BY training, process""",
     ),
 }

@@ -276,9 +276,35 @@ def _timings() -> pa.Schema:
     return pa.schema(
         [
             _field("step", pa.int64(), "optimizer step, from 1", "steps"),
-            _field("seconds", pa.float64(), "wall time of the step", "seconds"),
-            _field("cpu_seconds", pa.float64(), "processor time of the step", "seconds"),
+            _field("seconds", pa.float64(), "wall time of the step, with the evaluation that followed it", "seconds"),
+            _field("cpu_seconds", pa.float64(), "processor time of the same", "seconds"),
             _field("selection_seconds", pa.float64(), "wall time of choosing and weighting", "seconds"),
+            _field("evaluation_seconds", pa.float64(), "wall time of the evaluation on the held-out set", "seconds"),
+            _field(
+                "flops",
+                pa.float64(),
+                "operations of the step by formula: 6 per parameter and trained token, 4 per scored one, and attention; without evaluation",
+                "floating point operations",
+            ),
+            _field(
+                "selection_flops",
+                pa.float64(),
+                "of flops, what training on the kept samples alone would not have taken",
+                "floating point operations",
+            ),
+            _field(
+                "mfu",
+                pa.float64(),
+                "flops over seconds without evaluation, as a share of the peak given or measured",
+                "1",
+                True,
+            ),
+            _field(
+                "peak_memory",
+                pa.int64(),
+                "most memory in use so far: allocated on an accelerator, resident of the whole process on a CPU",
+                "bytes",
+            ),
             _field("host", pa.string(), "machine"),
             _field("process", pa.int32(), "torchrun process"),
         ]

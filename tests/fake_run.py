@@ -619,6 +619,11 @@ class _Builder:
                     "seconds": 1.5,
                     "cpu_seconds": 2.5,
                     "selection_seconds": 0.3,
+                    "evaluation_seconds": 0.1,
+                    "flops": 3e9,
+                    "selection_flops": 1e9,
+                    "mfu": 0.25,
+                    "peak_memory": 2_000_000_000,
                     "host": "node",
                     "process": 0,
                 }

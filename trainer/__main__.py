@@ -22,7 +22,7 @@ class Command:
 
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
-    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = TrainSettings()
+    settings: tyro.conf.OmitArgPrefixes[TrainSettings] = TrainSettings(loggers=("console",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,17 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=argv, prog="python -m trainer")
         from schemas.run import Run
-        from trainer.loop import Progress, train
+        from trainer.loop import train
 
-        def line(event: Progress) -> None:
-            held_out = "" if event.eval_loss is None else f", held-out {event.eval_loss:.4f}"
-            sys.stdout.write(
-                f"step {event.step} ({event.share:.0%}): loss {event.loss:.4f}{held_out}, kept {event.kept_share:.0%}, "
-                f"{event.trained_tokens:,} tokens, {event.step_seconds:.2f} s\n"
-            )
-            sys.stdout.flush()
-
-        summary = train(Run.open(command.run_dir), command.settings, line)
+        summary = train(Run.open(command.run_dir), command.settings)
     except LehrError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -20,7 +21,10 @@ from schemas.run import Run
 from schemas.storage import join, read_bytes, sha256, sweep_temporary
 from schemas.timings import HeartbeatWriter
 from selection_ops.encoding import Encoded
+from selection_ops.flops import model_size
+from selection_ops.online.metrics import get_metric
 from selection_ops.optimizer_state import read_optimizer
+from trainer.candidate import Candidate, StepResult
 from trainer.checkpoints import (
     MANIFEST_FILE,
     TrainerState,
@@ -33,6 +37,8 @@ from trainer.checkpoints import (
 )
 from trainer.evaluation import evaluate
 from trainer.journal import Journal, decision_rows, step_row
+from trainer.loggers import Begun, LoggerType, Progress, get_logger
+from trainer.measures import StepFlops, measured_peak, peak_memory, step_flops
 from trainer.prepare import Prepared, candidate, prepare
 from trainer.settings import TrainSettings
 from trainer.step import OnlineStep
@@ -41,39 +47,41 @@ from trainer.stream import shuffled_ranks
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a progress bar shows after each step; `share` is the part of the training that is done."""
-
-    step: int
-    share: float
-    loss: float
-    eval_loss: float | None
-    learning_rate: float
-    trained_tokens: int
-    kept_share: float
-    step_seconds: float
-
-
 def train(
-    run: Run, settings: TrainSettings, progress: Callable[[Progress], None] = lambda event: None, *, attempt: str = ""
+    run: Run,
+    settings: TrainSettings,
+    progress: Callable[[Progress], None] = lambda event: None,
+    *,
+    attempt: str = "",
+    console: LoggerType | None = None,
 ) -> dict[str, Any]:
     """Train as `settings` say, or go on with the training of that name; returns the manifest's summary.
 
-    Raises `InputError` where a training of the same name was made with another spec, naming what differs.
+    `progress` is told of every step, as the loggers of the settings are; `console` takes the place of the one called console.
+    Raises `InputError` where a training of the same name was made with another spec, naming what differs, and for an unknown
+    logger.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         raise LehrError(
             f"WORLD_SIZE is {world}: data parallel training is not supported in this version; start one process"
         )
+    chosen = [console if console and name == "console" else get_logger(name) for name in settings.loggers]
     ready = prepare(run, settings)
     if isinstance(ready, Manifest):
         return ready.summary
     training = _Training(run, settings, ready, attempt)
     training.restore()
-    while not training.state.ended:
-        training.advance(progress)
+    with contextlib.ExitStack() as open_ones:
+        loggers = []
+        for kind in chosen:
+            loggers.append(kind(training.begun()))
+            open_ones.callback(loggers[-1].close)
+        while not training.state.ended:
+            event = training.advance()
+            if event is not None:
+                for told in (*(logger.step for logger in loggers), progress):
+                    told(event)
     return training.finish()
 
 
@@ -86,6 +94,9 @@ class _Training:
         self.checkpoints = run.path(f"{self.folder}/checkpoints")
         self.journal = Journal(run, ready.name, spec=fingerprint(ready.spec), stream=ready.stream.index.fingerprint)
         self.heart = HeartbeatWriter(run, "train", ready.name, attempt=attempt)
+        self.size = model_size(ready.model)
+        self.device = next(ready.model.parameters()).device
+        self.peak_flops = settings.peak_flops or measured_peak(str(self.device), ready.dtype)
         self.online = OnlineStep(
             ready.model,
             ready.optimizer,
@@ -132,26 +143,37 @@ class _Training:
         self.state = state
         log.info("training %s goes on after step %d", self.ready.name, state.step)
 
-    def advance(self, progress: Callable[[Progress], None]) -> None:
-        """One step, its journal rows, and what is due after it."""
+    def begun(self) -> Begun:
+        """What loggers are told."""
+        return Begun(
+            name=self.ready.name,
+            folder=self.run.path(self.run.timings_folder("train", self.ready.name)),
+            steps_done=self.state.step,
+            spec=self.ready.spec,
+            choices=self.ready.choices,
+        )
+
+    def advance(self) -> Progress | None:
+        """One step, its journal rows, and what is due after it; None where nothing was left to train on."""
         settings, state, ready = self.settings, self.state, self.ready
         wall, processor, number = time.perf_counter(), time.process_time(), state.step + 1
         cursor = ready.stream.state_dict()
         offered = [candidate(ready.encoder, item) for item in ready.stream.take(settings.candidates)]
         if not offered:
             self._end("stream")
-            return
+            return None
         rate = ready.schedule.rate(progress=self._share(), step=number)
         for group in ready.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(int(fingerprint(["dropout", settings.seed, number])[:15], 16))
         limit = settings.token_budget - state.trained_tokens if settings.token_budget else None
-        result = self.online.step(offered, self._target_batch(number), token_limit=limit)
+        target = self._target_batch(number)
+        result = self.online.step(offered, target, token_limit=limit)
         if not result.applied:
             # Nothing that was wanted fits into what is left of the budget: the step before this one was the last.
             ready.stream.load_state_dict(cursor)
             self._end("token budget")
-            return
+            return None
         offered_tokens = sum(item.tokens for item in offered)
         self.state = state = dataclasses.replace(
             state,
@@ -164,41 +186,45 @@ class _Training:
         ended = self._ended(result.decision.limited)
         due = bool(settings.eval_every) and number % settings.eval_every == 0
         evaluated = due or (bool(ended) and settings.evaluate != "never")
+        evaluating = time.perf_counter()
         eval_loss = self._evaluate() if evaluated else None
         self.state = dataclasses.replace(self.state, ended=ended, eval_loss=eval_loss if evaluated else state.eval_loss)
-        seconds = time.perf_counter() - wall
-        self.journal.record(
-            step_row(
-                result,
-                policy=settings.policy,
-                learning_rate=rate,
-                offered=len(offered),
-                offered_tokens=offered_tokens,
-                total_offered_tokens=state.offered_tokens,
-                total_trained_tokens=state.trained_tokens,
-                eval_loss=eval_loss,
-            ),
-            decision_rows(result, offered),
-            {
-                "seconds": seconds,
-                "cpu_seconds": time.process_time() - processor,
-                "selection_seconds": result.selection_seconds,
-            },
+        ends = time.perf_counter()
+        row = step_row(
+            result,
+            policy=settings.policy,
+            learning_rate=rate,
+            offered=len(offered),
+            offered_tokens=offered_tokens,
+            total_offered_tokens=state.offered_tokens,
+            total_trained_tokens=state.trained_tokens,
+            eval_loss=eval_loss,
         )
+        flops = self._flops(result, offered, target)
+        timing = {
+            "seconds": ends - wall,
+            "cpu_seconds": time.process_time() - processor,
+            "selection_seconds": result.selection_seconds,
+            "evaluation_seconds": ends - evaluating,
+            "flops": flops.total,
+            "selection_flops": flops.selection,
+            "mfu": flops.total / (evaluating - wall) / self.peak_flops,
+            "peak_memory": peak_memory(self.device),
+        }
+        self.journal.record(row, decision_rows(result, offered), timing)
         self.heart.tokens(result.trained_tokens)
         if ended or number % settings.checkpoint_every == 0:
             self._checkpoint()
-        progress(
-            Progress(
-                step=number,
-                share=1.0 if ended else self._share(),
-                loss=result.loss,
-                eval_loss=eval_loss,
-                learning_rate=rate,
-                trained_tokens=state.trained_tokens,
-                kept_share=len(result.decision.kept) / len(offered),
-                step_seconds=seconds,
-            )
+        return Progress(share=1.0 if ended else self._share(), row=row, timing=timing)
+
+    def _flops(self, result: StepResult, offered: Sequence[Candidate], target: Sequence[Encoded]) -> StepFlops:
+        return step_flops(
+            self.size,
+            mode=result.mode,
+            offered=[item.tokens for item in offered],
+            kept=[offered[index].tokens for index in result.decision.kept],
+            target=[len(item.ids) for item in target],
+            sketched_target=self.settings.precondition == "rank-one" and get_metric(result.metric).needs_preconditioner,
         )
 
     def finish(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any, Literal
 
@@ -12,8 +11,6 @@ from torch import nn
 from schemas.errors import InputError
 from selection_ops.model import causal_model
 from selection_ops.sites import MatrixParameter, search
-
-log = logging.getLogger(__name__)
 
 Mode = Literal["one-pass", "two-pass"]
 
@@ -55,20 +52,23 @@ def require_one_pass(model: Any) -> None:
         raise InputError(f"{type(model).__name__} cannot be trained in one pass: {reason}. Use mode two-pass")
 
 
-def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates: int) -> Mode:
-    """The mode asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory at most.
+def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates: int) -> tuple[Mode, str]:
+    """The mode and why: the one asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory
+    at most.
 
     `longest` tokens of each of `candidates` samples are what a step may hold. Raises `InputError` where one pass was asked for and the
     model does not allow it.
     """
     if asked == "two-pass":
-        return "two-pass"
+        return "two-pass", "asked for"
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if asked == "one-pass":
         require_one_pass(model)
-        return "one-pass"
     needed = held_bytes_per_token(model, dtype) * longest * candidates
+    holds = f"holds up to {needed / 1e9:.1f} GB of factors"
+    if asked == "one-pass":
+        return "one-pass", f"asked for; {holds}"
     device = next(model.parameters()).device
     # All there is, not what is free: the mode is part of the training's spec, and must not depend on what else runs.
     whole = (
@@ -78,6 +78,7 @@ def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates:
     )
     refusal = one_pass_refusal(model)
     if not refusal and needed > whole / 4:
-        refusal = f"it would hold up to {needed / 1e9:.1f} GB of factors, more than a quarter of {whole / 1e9:.1f} GB"
-    log.info("mode %s: %s", "two-pass" if refusal else "one-pass", refusal or f"up to {needed / 1e9:.1f} GB of factors")
-    return "two-pass" if refusal else "one-pass"
+        refusal = (
+            f"one pass would hold up to {needed / 1e9:.1f} GB of factors, more than a quarter of {whole / 1e9:.1f} GB"
+        )
+    return ("two-pass", refusal) if refusal else ("one-pass", f"the model allows it; {holds}")

@@ -13,6 +13,7 @@ from schemas.errors import CorruptFile, InputError
 from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.manifest import Manifest
 from schemas.run import Run, check_name
+from schemas.shards import StreamIndex
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
 from selection_ops.adapters import is_adapter
@@ -47,6 +48,8 @@ class Prepared:
     dtype: str
     mode: Mode
     schedule: Schedule
+    choices: dict[str, str]
+    """What was decided and why, in words."""
     total_steps: int
     """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
 
@@ -105,9 +108,10 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         )
     encoder = Encoder(loaded.tokenizer, EncodingSpec(**index.encoding))
     mode: Mode = "two-pass"
+    why = ""
     if policy.needs_sketches:
         longest = encoder.spec.max_tokens
-        mode = choose_mode(settings.mode, loaded.model, dtype, longest=longest, candidates=settings.candidates)
+        mode, why = choose_mode(settings.mode, loaded.model, dtype, longest=longest, candidates=settings.candidates)
     moments = read_optimizer(settings.optimizer_state, loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     spec: dict[str, Any] = plain(
@@ -153,8 +157,26 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         dtype=dtype,
         mode=mode,
         schedule=settings.learning_rates(refined=refined),
+        choices=_choices(settings, index, mode if why else "plain", why, f"{dtype} on {device}, {attention} attention"),
         total_steps=min(settings.steps or per_stream, per_stream),
     )
+
+
+def _choices(settings: TrainSettings, index: StreamIndex, mode: str, why: str, arithmetic: str) -> dict[str, str]:
+    """What was decided and why, for people."""
+    offered = f"of {settings.candidates} offered at a step"
+    keeps = (
+        f"all {offered}"
+        if settings.policy == "full"
+        else f"at most {min(settings.n_keep, settings.candidates)} {offered}"
+    )
+    compares = f", compared in metric {settings.metric} with {settings.target_batch} target samples" if why else ""
+    return {
+        "stream": f"{index.stream} generation {index.generation}, {index.rows:,} samples, {index.tokens:,} tokens",
+        "policy": f"{settings.policy}, keeps {keeps}{compares}",
+        "mode": f"{mode} ({why or 'the policy compares nothing'})",
+        "arithmetic": arithmetic,
+    }
 
 
 def declare(run: Run, name: str, spec: dict[str, Any]) -> None:

@@ -136,6 +136,11 @@ class TrainSettings:
     """Device to train on; by default an accelerator where there is one."""
     cache_bytes: int = 256 << 20
     """Memory for shards of the stream; a larger stream is read sample by sample."""
+    loggers: tuple[str, ...] = ()
+    """Where figures are shown while the training runs: `console`, `tensorboard`, and those that installed packages bring. The journal
+    is written whatever is named here."""
+    peak_flops: float = 0.0
+    """Floating point operations a second that the device can do, for the utilisation shown; 0 measures a product of matrices."""
 
     def __post_init__(self) -> None:
         self.policy_options()
@@ -211,6 +216,8 @@ EXECUTION = frozenset(
         "final_optimizer",
         "device",
         "cache_bytes",
+        "loggers",
+        "peak_flops",
     }
 )
 """Options that do not change results: places (their content enters by fingerprint), cadences, devices, caches."""
@@ -234,4 +241,5 @@ _AT_LEAST = {
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
     "cache_bytes": 0,
+    "peak_flops": 0,
 }

@@ -85,7 +85,7 @@ def test_torchrun_with_one_process_trains(world: tuple[Run, Path]) -> None:
 def test_the_loop_of_the_documentation_runs(world: tuple[Run, Path]) -> None:
     """The example of docs/training.md, as it stands there."""
     text = (ROOT / "docs" / "training.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
+    code = next(block.split("```")[0] for block in text.split("```python\n")[1:] if "def fine_tune" in block)
     place: dict[str, Any] = {}
     exec(compile(code, "docs/training.md", "exec"), place)
     run, _ = world
