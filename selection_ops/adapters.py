@@ -17,7 +17,7 @@ from schemas.errors import InputError
 from schemas.fingerprint import fingerprint
 from selection_ops.locations import from_hub, local_folder
 
-_CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG_FILE, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PLACE = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")
 """Settings that change where things lie or who wrote them, not what the model computes."""
 _REFUSED = ("megatron_config", "alora_invocation_tokens", "arrow_config")
@@ -36,6 +36,8 @@ class Adapter:
     """adapter_config.json."""
     base: str
     """Where the base model lies: a folder or file on this machine, or a URL."""
+    base_name: str
+    """The same for people and for other adapter folders: a hub id stays one."""
 
     @property
     def weights(self) -> Path:
@@ -52,7 +54,7 @@ class Adapter:
 
 def is_adapter(location: str, revision: str | None = None) -> bool:
     """Whether a location is an adapter folder. Raises `InputError` where there is no such place."""
-    return not location.endswith(".gguf") and (local_folder(location, revision) / _CONFIG).is_file()
+    return not location.endswith(".gguf") and (local_folder(location, revision) / CONFIG_FILE).is_file()
 
 
 def read_adapter(location: str, revision: str | None = None) -> Adapter | None:
@@ -64,70 +66,75 @@ def read_adapter(location: str, revision: str | None = None) -> Adapter | None:
         return None
     folder = local_folder(location, revision)
     try:
-        config = json.loads((folder / _CONFIG).read_bytes())
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
         kind, name = config["peft_type"], config["base_model_name_or_path"]
         if not (isinstance(kind, str) and isinstance(name, str) and name):
             raise ValueError("peft_type and base_model_name_or_path must be names")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{location}: {_CONFIG} cannot be used ({type(error).__name__}: {error})") from error
+        raise InputError(f"{location}: {CONFIG_FILE} cannot be used ({type(error).__name__}: {error})") from error
     if kind != "LORA" or config.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(
             f"{location}: an adapter of type {kind} for task {config.get('task_type')}; Lehr loads LORA adapters of causal language models"
         )
     for setting in _REFUSED:
         if config.get(setting):
-            raise InputError(f"{location}: {_CONFIG} sets {setting}, which Lehr does not load")
+            raise InputError(f"{location}: {CONFIG_FILE} sets {setting}, which Lehr does not load")
     if not (folder / _WEIGHTS).is_file():
         pickled = (folder / _PICKLED).is_file()
         found = f"; {_PICKLED} is pickled, which is never read: save it again as safetensors" if pickled else ""
-        raise InputError(f"{location}: no {_WEIGHTS} beside {_CONFIG}{found}")
-    base = _base(location, folder, name, config.get("revision"))
+        raise InputError(f"{location}: no {_WEIGHTS} beside {CONFIG_FILE}{found}")
+    base, base_name = _base(location, folder, name, config.get("revision"))
     if is_adapter(base):
         raise InputError(
             f"{location}: its base model {name} is itself an adapter folder; merge that one into its base first"
         )
-    return Adapter(location=location, folder=folder, config=config, base=base)
+    return Adapter(location=location, folder=folder, config=config, base=base, base_name=base_name)
 
 
-def _base(location: str, folder: Path, name: str, revision: str | None) -> str:
-    """Where the base model lies: a URL, an absolute path, a path from the adapter folder, or a hub id, in this order."""
+def _base(location: str, folder: Path, name: str, revision: str | None) -> tuple[str, str]:
+    """Where the base model lies, and what to call it: a URL, an absolute path, a path from the adapter folder, or a hub id, in this order."""
     if "://" in name:
-        return name
+        return name, name
     path = Path(name).expanduser()
     if "://" in location and not path.is_absolute():
         scheme, _, rest = location.partition("://")
         if name.startswith("."):
-            return f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
+            url = f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
+            return url, url
         tried = "on the hub"
     else:
         path = folder.resolve() / path
         if path.exists():
-            return str(path)
+            return str(path), str(path)
         tried = f"at {path}"
     reason = ""
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         try:
-            return str(from_hub(name, revision))
+            return str(from_hub(name, revision)), name
         except InputError as error:
             reason = f" ({error})"
     raise InputError(
         f"{location}: its base model {name} is not to be found {tried}{reason}. Put it there, or write where it is into "
-        f"base_model_name_or_path of {folder / _CONFIG}: a path from the adapter folder, an absolute one, a URL or a hub id"
+        f"base_model_name_or_path of {folder / CONFIG_FILE}: a path from the adapter folder, an absolute one, a URL or a hub id"
     )
 
 
+def need_peft(why: str) -> Any:
+    """The package `peft`. Raises `InputError` with `why` and how to install it where it is missing."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f'{why}, which takes the package peft: pip install "peft>=0.17"') from error
+    return peft
+
+
 def attach(adapter: Adapter, model: Any) -> tuple[Any, tuple[str, ...]]:
-    """The base model with the adapter in its modules, and the names of the parameters that training the adapter would train.
+    """The base model as PEFT wraps it, with the adapter in its modules, and the names that the base model has for what training trains.
 
     Every parameter is left with requires_grad, the base model's too. Raises `InputError` where the package `peft` is missing or the
     weights are not those of this adapter.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError(
-            f'{adapter.location} is an adapter folder, which is loaded through the package peft: pip install "peft>=0.17"'
-        ) from error
+    peft = need_peft(f"{adapter.location} is an adapter folder")
     from safetensors import safe_open
 
     with warnings.catch_warnings():
@@ -145,4 +152,5 @@ def attach(adapter: Adapter, model: Any) -> tuple[Any, tuple[str, ...]]:
         )
     inner = wrapped.get_base_model()
     trained = tuple(name for name, parameter in inner.named_parameters() if parameter.requires_grad)
-    return inner.requires_grad_(True), trained
+    inner.requires_grad_(True)
+    return wrapped, trained

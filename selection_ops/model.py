@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +57,8 @@ class LoadedModel:
     location: str
     adapters: tuple[str, ...] = ()
     """Names of the parameters that belong to the adapter, where the location is an adapter folder."""
+    wrapped: Any = None
+    """The same model as PEFT has wrapped it, there; what saves an adapter."""
 
 
 def default_dtype(device: str) -> DType:
@@ -197,13 +200,36 @@ def tokenizer_fingerprint(location: str, *, revision: str | None = None) -> str:
     """Hash of the tokenizer's files; of the .gguf file where it holds the tokenizer."""
     location, revision = _tokenizer_place(location, revision)
     folder = local_folder(location, revision)
-    if not any((folder / name).is_file() for name in _TOKENIZER_BODY):
+    files = _tokenizer_files(folder)
+    if not files:
         gguf = _gguf(location, folder)
         if not gguf:
             raise InputError(f"{location}: no tokenizer (tokenizer.json) beside the weights")
         return _digest([folder / gguf])
+    return _digest(files)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer; none where the folder holds none of its own."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_BODY):
+        return []
     files = [folder / name for name in _TOKENIZER if (folder / name).is_file()]
-    return _digest(files + sorted((folder / "additional_chat_templates").glob("*.jinja")))
+    return files + sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
+def save_tokenizer(loaded: LoadedModel, folder: Path, *, revision: str | None = None) -> None:
+    """The tokenizer that a model was loaded with, file by file: saved by transformers it would have another fingerprint.
+
+    One that comes out of a .gguf file is written as transformers does.
+    """
+    place = local_folder(*_tokenizer_place(loaded.location, revision))
+    files = _tokenizer_files(place)
+    for file in files:
+        target = folder / file.relative_to(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    if not files:
+        loaded.tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(location: str, *, revision: str | None = None) -> Any:
@@ -239,16 +265,18 @@ def load_model(
     tokenizer = load_tokenizer(location, revision=revision)
     model = _load(place, folder, dtype, attention)
     adapters: tuple[str, ...] = ()
+    wrapped: Any = None
     if adapter is not None:
         try:
-            model, adapters = attach(adapter, model)
+            wrapped, adapters = attach(adapter, model)
+            model = wrapped.get_base_model()
         except _LOAD_ERRORS as error:
             raise _cannot_load(location, "the adapter", error) from error
     model = model.eval().to(device)
     _check_causal(location, model)
     return LoadedModel(
         model=model, tokenizer=tokenizer, model_fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(location, revision=revision), location=location, adapters=adapters,
+        tokenizer_fingerprint=tokenizer_fingerprint(location, revision=revision), location=location, adapters=adapters, wrapped=wrapped,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from schemas.storage import (
     sha256,
     write_whole,
 )
-from selection_ops.model import quiet
+from selection_ops.model import causal_model, quiet
 from selection_ops.optimizer_state import (
     MANIFEST_FILE,
     MOMENTS,
@@ -38,6 +38,8 @@ from selection_ops.optimizer_state import (
     file_sha256,
     read_tensors,
 )
+from trainer.lora import is_wrapped, load_adapter
+from trainer.trainee import Trainee
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def checkpoint_name(step: int) -> str:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts by `parameter name:moment`, on the CPU."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in causal_model(model).named_parameters():
         state = optimizer.state.get(parameter)
         for moment in MOMENTS:
             if state and moment in state:
@@ -84,7 +86,7 @@ def load_optimizer_tensors(
 ) -> None:
     """Put moments into the optimizer. Raises `InputError` naming a parameter that is missing, unknown or of another shape."""
     left = {name for name in tensors if name.split(":")[-1] in MOMENTS}
-    for name, parameter in model.named_parameters():
+    for name, parameter in causal_model(model).named_parameters():
         if not parameter.requires_grad:
             continue
         state: dict[str, Tensor] = {}
@@ -109,7 +111,7 @@ def load_optimizer_tensors(
 
 
 def write_checkpoint(
-    folder_url: str, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer | None, state: TrainerState
+    folder_url: str, trainee: Trainee, optimizer: torch.optim.Optimizer | None, state: TrainerState
 ) -> tuple[str, dict[str, tuple[int, str]]]:
     """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included.
 
@@ -123,13 +125,12 @@ def write_checkpoint(
         written[name] = (len(data), sha256(data))
 
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        trainee.save(Path(scratch))
         for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             put(file.relative_to(scratch).as_posix(), file.read_bytes())
             file.unlink()  # one file at a time twice on disk, not the whole model
     if optimizer is not None:
-        put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(model, optimizer)))
+        put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(trainee.model, optimizer)))
     put(STATE_FILE, pretty_json(state))
     files = [{"path": name, "bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())]
     put(
@@ -180,11 +181,14 @@ def read_state(url: str) -> TrainerState:
 
 
 def load_weights(model: nn.Module, url: str) -> None:
-    """Weights of a checkpoint into a model of the same architecture, bitwise; names must agree, tied ones may be left out."""
+    """Weights of a checkpoint into a model of the same architecture, bitwise; of an adapter, those alone. Names must agree, tied ones may be left out."""
     tensors: dict[str, Tensor] = {}
     for name in list_names(url, ".safetensors"):
         if name != OPTIMIZER_FILE:
             tensors.update(read_tensors(join(url, name)))
+    if is_wrapped(model):
+        load_adapter(model, tensors, url)
+        return
     own = dict(model.state_dict())
     unknown = sorted(set(tensors) - set(own))
     stored = {own[name].data_ptr() for name in tensors if name in own}

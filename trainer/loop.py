@@ -294,7 +294,7 @@ class _Training:
         self.state = dataclasses.replace(self.state, journal=(*self.state.journal, *self.journal.cut()))
         ready = self.ready
         moments = ready.optimizer if self.settings.final_optimizer or not self.state.ended else None
-        write_checkpoint(self.checkpoints, ready.model, ready.tokenizer, moments, self.state)
+        write_checkpoint(self.checkpoints, ready.trainee, moments, self.state)
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
         prune_checkpoints(self.checkpoints, keep, self.state.step)
 

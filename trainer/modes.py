@@ -56,13 +56,11 @@ def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates:
     """The mode and why: the one asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory
     at most.
 
-    `longest` tokens of each of `candidates` samples are what a step may hold. Raises `InputError` where one pass was asked for and the
+    Of the model exactly what is trained requires gradient. `longest` tokens of each of `candidates` samples are what a step may hold. Raises `InputError` where one pass was asked for and the
     model does not allow it.
     """
     if asked == "two-pass":
         return "two-pass", "asked for"
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     if asked == "one-pass":
         require_one_pass(model)
     needed = held_bytes_per_token(model, dtype) * longest * candidates

@@ -16,9 +16,8 @@ from schemas.run import Run, check_name
 from schemas.shards import StreamIndex
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
-from selection_ops.adapters import is_adapter
 from selection_ops.encoding import Encoded, Encoder
-from selection_ops.model import choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
+from selection_ops.model import choose_attention, default_dtype, tokenizer_fingerprint
 from selection_ops.online.policies import make_policy
 from selection_ops.optimizer_state import read_optimizer
 from trainer.candidate import Candidate
@@ -28,6 +27,7 @@ from trainer.modes import Mode, choose_mode
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.stream import Offered, RankedStream, read_beside, stream_url
+from trainer.trainee import Trainee, load_trainee, trained_parameters
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ class Prepared:
     name: str
     spec: dict[str, Any]
     stream: RankedStream
-    model: Any
-    tokenizer: Any
+    trainee: Trainee
     encoder: Encoder
     optimizer: torch.optim.Optimizer
     target: list[Encoded]
@@ -52,6 +51,11 @@ class Prepared:
     """What was decided and why, in words."""
     total_steps: int
     """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained."""
+        return self.trainee.model
 
 
 def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
@@ -84,11 +88,6 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             "export a selection made for a target, or train with --policy full or random"
         )
     revision = settings.revision or None
-    if is_adapter(settings.model, revision):
-        raise InputError(
-            f"{settings.model} is an adapter folder, and adapters cannot be trained here yet: name a whole model with --model, "
-            "or train the adapter elsewhere on the shards of the stream"
-        )
     found = tokenizer_fingerprint(settings.model, revision=revision)
     if found != index.tokenizer:
         raise InputError(
@@ -98,26 +97,20 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = settings.dtype or default_dtype(device)
     attention = settings.attention or choose_attention(settings.model, device, dtype, revision=revision)
-    with quiet():
-        loaded = load_model(
-            settings.model,
-            revision=revision,
-            dtype="float64" if dtype == "float64" else "float32",  # bfloat16 is autocast over float32 weights
-            attention=attention,
-            device=device,
-        )
-    encoder = Encoder(loaded.tokenizer, EncodingSpec(**index.encoding))
+    trainee = load_trainee(settings, dtype=dtype, attention=attention, device=device)
+    model = trainee.model
+    encoder = Encoder(trainee.loaded.tokenizer, EncodingSpec(**index.encoding))
     mode: Mode = "two-pass"
     why = ""
     if policy.needs_sketches:
         longest = encoder.spec.max_tokens
-        mode, why = choose_mode(settings.mode, loaded.model, dtype, longest=longest, candidates=settings.candidates)
-    moments = read_optimizer(settings.optimizer_state, loaded.model) if settings.optimizer_state else None
+        mode, why = choose_mode(settings.mode, model, dtype, longest=longest, candidates=settings.candidates)
+    moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     spec: dict[str, Any] = plain(
         settings.spec(
             stream=index.fingerprint,
-            model=loaded.model_fingerprint,
+            model=trainee.fingerprint,
             optimizer_state=moments.fingerprint if moments is not None else "",
             dtype=dtype,
             attention=attention,
@@ -129,9 +122,6 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     manifest_path = run.path(run.manifest_path("train", name))
     if exists(manifest_path):
         return run.manifest("train", name)
-    model = loaded.model
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
@@ -148,8 +138,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         name=name,
         spec=spec,
         stream=stream,
-        model=model,
-        tokenizer=loaded.tokenizer,
+        trainee=trainee,
         encoder=encoder,
         optimizer=optimizer,
         target=[encode(encoder, item) for item in read_beside(stream.url, index, "target")],
@@ -201,9 +190,10 @@ def declare(run: Run, name: str, spec: dict[str, Any]) -> None:
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over every parameter; vectors (norms, biases) are not decayed."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain_ones = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW over every parameter that is trained; vectors (norms, biases) are not decayed."""
+    parameters = list(trained_parameters(model).values())
+    decayed = [p for p in parameters if p.dim() >= 2]
+    plain_ones = [p for p in parameters if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain_ones, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

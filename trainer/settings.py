@@ -24,11 +24,20 @@ class TrainSettings:
     generation: int = 0
     """Generation of the stream; 0 takes the newest."""
     model: str = ""
-    """Folder, URL or hub id of the causal language model to start from; a whole one, not an adapter."""
+    """Folder, URL or hub id of the causal language model to start from, or of a PEFT LoRA adapter to go on with."""
     revision: str = ""
     """Revision of a hub model."""
     name: str = ""
     """Name of the training; by default the name of the stream and the policy."""
+
+    lora: int = 0
+    """Rank of a fresh LoRA adapter to train on the model, which stays frozen; 0 trains the model, or the adapter that `model` names."""
+    lora_alpha: float = 16.0
+    """Scale of a fresh adapter: its product is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout of what goes into a fresh adapter."""
+    lora_targets: tuple[str, ...] = ()
+    """Endings of the names of the modules that a fresh adapter is put on; by default all linear maps but the head."""
 
     # Choosing at a step.
 
@@ -147,6 +156,10 @@ class TrainSettings:
         for field, least in _AT_LEAST.items():
             if getattr(self, field) < least:
                 raise InputError(f"{field} must be at least {least}, not {getattr(self, field)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        if self.lora_alpha <= 0:
+            raise InputError(f"lora_alpha must be positive, not {self.lora_alpha}")
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"{field} must lie in [0, 1), not {getattr(self, field)}")
@@ -223,6 +236,7 @@ EXECUTION = frozenset(
 """Options that do not change results: places (their content enters by fingerprint), cadences, devices, caches."""
 
 _AT_LEAST = {
+    "lora": 0,
     "candidates": 1,
     "target_batch": 1,
     "warmup_select": 1,

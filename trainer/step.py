@@ -27,6 +27,7 @@ from selection_ops.online.metrics import Geometry, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from selection_ops.online.weights import effective_sample_size, normalise
+from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
 from trainer.live_optimizer import LiveOptimizer
@@ -82,8 +83,12 @@ class OnlineStep:
         if self.policy.needs_sketches:
             if mode == "one-pass":
                 require_one_pass(model)
+            # Of a model that PEFT has wrapped, what it trains; else the linear maps of the blocks.
+            groups = find_sites(model, "adapters").input_groups if model is not causal_model(model) else None
+            if groups == ():
+                raise InputError("the adapter has no linear map to compare candidates by; use policy full or random")
             self._engine = GradientEngine(
-                model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
+                model, groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
             self._target = TargetPass(
                 model, self._engine, self.metric, LiveOptimizer(optimizer, self.metric.name),

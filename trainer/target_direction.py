@@ -18,6 +18,7 @@ from schemas.spec import PROJECTION_VERSION, PreconditionForm
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.losses import HeadRoute
+from selection_ops.model import causal_model
 from selection_ops.online.metrics import Metric, get_metric
 from selection_ops.preconditioning import Preconditioner, fit_rank_one
 from selection_ops.sites import MatrixParameter
@@ -57,9 +58,11 @@ class TargetPass:
         self._route = HeadRoute(model)
         self._sketching: GradientEngine | None = None
         if metric.needs_preconditioner and precondition == "rank-one":
-            self._sketching = GradientEngine(model, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION)
+            self._sketching = GradientEngine(
+                model, engine.input_groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION
+            )
         self._weights: dict[str, nn.Parameter] = {
-            site.parameter: model.get_parameter(site.parameter) for site in engine.matrix_sites
+            site.parameter: causal_model(model).get_parameter(site.parameter) for site in engine.matrix_sites
         }
 
     def __call__(self, target: Sequence[Encoded], batches: StepBatches, number: int) -> TargetDirection:

@@ -23,7 +23,6 @@ from tests.adapters import put_together, save_adapter
 from tests.families import wide_arithmetic
 from tests.pipelines.worlds import World, make_world
 from tests.reference.gradients import fold_matrix, sample_loss, sketch
-from tests.trainer.streams import make_run
 
 RANK, K = 4, 64
 CHOICES = [
@@ -147,12 +146,3 @@ def test_the_report_marks_and_counts_the_adapter(
     numbers = sum(p["numbers"] for p in held) / sum(p["numbers"] for p in record["parameters"])
     assert record["covered"]["adapters"] == [numbers, pytest.approx(sum(p["gradient_share"] for p in held))]
     assert 0 < numbers < record["covered"]["blocks"][0]
-
-
-def test_training_an_adapter_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, _ = make_run(tmp_path / "trained", samples=8)
-    adapter = save_adapter(tmp_path)
-    assert main(["train", run.url, "--model", str(adapter)]) == EXIT_ERROR
-    said = capsys.readouterr().err
-    assert f"{adapter} is an adapter folder, and adapters cannot be trained here yet" in " ".join(said.split())
-    assert "Traceback" not in said

@@ -68,6 +68,30 @@ def outcome(world: tuple[Run, Path]) -> Callable[..., Outcome]:
 
 Pair = tuple[Outcome, Outcome]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcome], bool]]] = {
+    "lora": (
+        {"policy": "full", "lora": 2},
+        {"policy": "full", "lora": 4},
+        lambda a, b: [{min(w.shape) for n, w in x.weights.items() if "lora_A" in n} for x in (a, b)] == [{2}, {4}],
+    ),
+    "lora_alpha": (
+        # B is zero at the start, so that the first loss is the model's own.
+        {"policy": "full", "lora": 2},
+        {"policy": "full", "lora": 2, "lora_alpha": 1.0},
+        lambda a, b: a.losses()[0] == b.losses()[0] and a.losses()[1] < b.losses()[1],
+    ),
+    "lora_dropout": (
+        {"policy": "full", "lora": 2},
+        {"policy": "full", "lora": 2, "lora_dropout": 0.5},
+        lambda a, b: a.losses()[0] == b.losses()[0] and a.losses()[1] != b.losses()[1],
+    ),
+    "lora_targets": (
+        {"policy": "full", "lora": 2},
+        {"policy": "full", "lora": 2, "lora_targets": ("q_proj",)},
+        lambda a, b: (
+            {n.split(".")[-4] for n in b.weights if "lora_A" in n} == {"q_proj"}
+            and len({n.split(".")[-4] for n in a.weights if "lora_A" in n}) == 7
+        ),
+    ),
     "policy": ({}, {"policy": "random"}, lambda a, b: a.kept() != b.kept() and b.steps[0]["mode"] == "plain"),
     "candidates": ({}, {"candidates": 4}, lambda a, b: (len(a.steps), len(b.steps)) == (3, 6)),
     "n_keep": ({}, {"n_keep": 2}, lambda a, b: max(map(len, a.kept())) > 2 >= max(map(len, b.kept()))),
@@ -262,6 +286,8 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
     base, changed, stated = CASES[option]
     first, second = outcome(**base), outcome(**changed)
     assert stated(first, second)
+    if option == "lora_targets":
+        return  # an adapter elsewhere is other parameters
     assert first.weights.keys() == second.weights.keys()
     if option not in ("evaluate", "eval_every"):
         different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
@@ -370,6 +396,9 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"filter_score": "best"}, "decrease"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"lr": -1.0}, "lr must be at least 0"),
+        ({"lora": -1}, "lora must be at least 0"),
+        ({"lora": 2, "lora_alpha": 0.0}, "lora_alpha must be positive"),
+        ({"lora": 2, "lora_dropout": 1.0}, "lora_dropout must lie in"),
         ({"beta2": 1.0}, "beta2 must lie in"),
         ({"steps": 1, "token_budget": 1}, "not both"),
         ({"order": "best"}, "shuffled, ranked"),
