@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common
 from selection_ops.encoding import Encoded
 from selection_ops.online.options import PolicyOptions
-from selection_ops.online.policies import Candidates, Decision, make_policy
+from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from trainer.candidate import Candidate
 from trainer.step import OnlineStep
 
@@ -48,7 +48,7 @@ class Settings:
     """JSON file for the result; without it, it is printed."""
 
 
-class KeepExactly:
+class KeepExactly(Policy):
     """filter-then-weight, filled up with the next best aligned so that every round trains on the same number of rows."""
 
     needs_sketches = True

@@ -111,6 +111,7 @@ class _Training:
             selection_weights=settings.selection_weights,
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
+            reference_model=ready.reference,
         )
         self.state = TrainerState(
             step=0,

@@ -17,8 +17,10 @@ from schemas.shards import StreamIndex
 from schemas.spec import EncodingSpec
 from schemas.storage import exists, read_bytes, write_whole
 from selection_ops.encoding import Encoded, Encoder
-from selection_ops.model import choose_attention, default_dtype, tokenizer_fingerprint
-from selection_ops.online.policies import make_policy
+from selection_ops.model import LoadedModel, choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
+from selection_ops.online.filters import UNBOUND
+from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import Policy, make_policy, resolve_options
 from selection_ops.optimizer_state import read_optimizer
 from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
@@ -49,6 +51,8 @@ class Prepared:
     schedule: Schedule
     choices: dict[str, str]
     """What was decided and why, in words."""
+    reference: Any
+    """The model whose losses a policy compares with, None where there is none."""
     total_steps: int
     """Steps that `steps` and the length of the stream allow; not read where a token budget ends the training."""
 
@@ -76,6 +80,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     Raises `InputError` for a stream cut with another tokenizer, a name that stands for another spec, a target that a
     policy needs and the stream lacks, an unusable model or optimizer state.
     """
+    resolved = resolve_options(settings.policy, settings.policy_options())
     policy = make_policy(settings.policy, settings.policy_options())
     if not settings.model:
         raise InputError("name the model to train with --model")
@@ -85,7 +90,12 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     if policy.needs_sketches and not index.target:
         raise InputError(
             f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
-            "export a selection made for a target, or train with --policy full or random"
+            "export a selection made for a target, or train with a policy that compares nothing, such as --policy full or random"
+        )
+    if policy.needs_reference_losses and not settings.reference_model:
+        raise InputError(
+            f"policy {settings.policy} subtracts the losses of a reference model, and none is named: train one on held-out text like "
+            "the target and name it with --reference-model, or use another policy"
         )
     revision = settings.revision or None
     found = tokenizer_fingerprint(settings.model, revision=revision)
@@ -102,13 +112,16 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
     encoder = Encoder(trainee.loaded.tokenizer, EncodingSpec(**index.encoding))
     mode: Mode = "two-pass"
     why = ""
-    if policy.needs_sketches:
+    if policy.needs_sketches or policy.needs_norms:
         longest = encoder.spec.max_tokens
         mode, why = choose_mode(settings.mode, model, dtype, longest=longest, candidates=settings.candidates)
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
+    reference = _load_reference(settings, policy, index.tokenizer, dtype, device)
     spec: dict[str, Any] = plain(
         settings.spec(
+            **dataclasses.asdict(resolved),
+            reference_model=reference.model_fingerprint if reference is not None else "",
             stream=index.fingerprint,
             model=trainee.fingerprint,
             optimizer_state=moments.fingerprint if moments is not None else "",
@@ -146,26 +159,65 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
         dtype=dtype,
         mode=mode,
         schedule=settings.learning_rates(refined=refined),
-        choices=_choices(settings, index, mode if why else "plain", why, f"{dtype} on {device}, {attention} attention"),
+        choices=_choices(
+            settings,
+            resolved,
+            policy,
+            index,
+            mode if why else "plain",
+            why,
+            f"{dtype} on {device}, {attention} attention",
+        ),
+        reference=reference.model if reference is not None else None,
         total_steps=min(settings.steps or per_stream, per_stream),
     )
 
 
-def _choices(settings: TrainSettings, index: StreamIndex, mode: str, why: str, arithmetic: str) -> dict[str, str]:
+def _choices(
+    settings: TrainSettings,
+    resolved: PolicyOptions,
+    policy: Policy,
+    index: StreamIndex,
+    mode: str,
+    why: str,
+    arithmetic: str,
+) -> dict[str, str]:
     """What was decided and why, for people."""
     offered = f"of {settings.candidates} offered at a step"
-    keeps = (
-        f"all {offered}"
-        if settings.policy == "full"
-        else f"at most {min(settings.n_keep, settings.candidates)} {offered}"
-    )
-    compares = f", compared in metric {settings.metric} with {settings.target_batch} target samples" if why else ""
+    keeps = f"at most {min(settings.n_keep, settings.candidates)} {offered}"
+    if settings.policy == "full" or (policy.needs_sketches and resolved.filter in UNBOUND):
+        keeps = f"all {'that are aligned ' if resolved.filter == 'threshold' else ''}{offered}"
+    compares = ""
+    if policy.needs_sketches:
+        compares = f", compared in metric {resolved.metric} with {settings.target_batch} target samples"
     return {
         "stream": f"{index.stream} generation {index.generation}, {index.rows:,} samples, {index.tokens:,} tokens",
         "policy": f"{settings.policy}, keeps {keeps}{compares}",
         "mode": f"{mode} ({why or 'the policy compares nothing'})",
         "arithmetic": arithmetic,
     }
+
+
+def _load_reference(
+    settings: TrainSettings, policy: Policy, tokenizer: str, dtype: str, device: str
+) -> LoadedModel | None:
+    """The reference model where the policy compares with one. Raises `InputError` where it has another tokenizer."""
+    where = settings.reference_model
+    if not policy.needs_reference_losses:
+        return None
+    found = tokenizer_fingerprint(where)
+    if found != tokenizer:
+        raise InputError(
+            f"the reference model {where} has a tokenizer of fingerprint {found}, the stream was cut with {tokenizer}: losses per token "
+            "could not be compared. Name one with the same tokenizer"
+        )
+    with quiet():
+        return load_model(
+            where,
+            dtype="float64" if dtype == "float64" else "float32",
+            attention=settings.attention or choose_attention(where, device, dtype),
+            device=device,
+        )
 
 
 def declare(run: Run, name: str, spec: dict[str, Any]) -> None:

@@ -42,25 +42,35 @@ class TrainSettings:
     # Choosing at a step.
 
     policy: str = "filter-then-weight"
-    """What a step does with its candidates: `full` (train on all), `random`, `filter-then-weight`."""
+    """What a step does with its candidates: `full` (train on all), `random`; by what the model finds hard: `loss`, `high-perplexity`,
+    `grad-norm`, `rho`; against the target: `match`, `tracin`, `grad-match`, `greats`, `opus`, `filter-then-weight`, and its ablations
+    `filter-only`, `vanilla-filter`, `vanilla-filter-then-weight`, `unbounded-weights`, `hard-filter`, `hard-filter-omp`."""
     candidates: int = 16
     """Samples offered at a step."""
     n_keep: int = 8
-    """Candidates trained on at a step, at most; `full` trains on all that are offered."""
+    """Candidates trained on at a step, at most; `full` and the filters `threshold` and `none` are not bound by it."""
     target_batch: int = 4
     """Target samples a step compares candidates with; drawn anew at every step, in a seeded order."""
     metric: str = "target"
     """What candidates and target are compared in: `target` (the target's gradient through the live AdamW second moment), `sgd`."""
     warmup_select: int = 4
     """Gradients the second moment must have seen before metric `target` acts; until then it is `sgd`."""
+    filter: str = "greedy"
+    """Which candidates survive before they are weighted: `greedy`, `omp` (greedy, refit by least squares after every addition), `boltzmann`
+    (drawn by their greedy scores), `set-cosine`, `top-k` (alignment), `cosine`, `threshold` (all of positive alignment), `random`, `none`."""
     filter_score: str = "decrease"
-    """Score of the greedy filter: `decrease` (gain of one optimally weighted addition), `residual`, `normalised`."""
+    """Score of the filters `greedy`, `omp` and `boltzmann`: `decrease` (gain of one optimally weighted addition), `residual`, `normalised`."""
+    filter_temperature: float = 0.9
+    """Temperature of the filter `boltzmann`, in standard deviations of the scores."""
     weights: str = "nnls"
-    """Weights of the survivors: `nnls` (bounded least squares) or `uniform`."""
+    """Weights of the survivors: `nnls` (bounded least squares), `uniform`, `simplex` (least squares with the sum of the uniform ones),
+    `unbounded` (no upper bound), `signed` (neither bound: what points away is unlearned)."""
     ridge: float = 1e-3
-    """Ridge of the weights, as a share of the mean self-interaction."""
+    """Ridge of weights and of the filter `omp`, as a share of the mean self-interaction."""
     weight_bound: float = 3.0
-    """Upper bound of a weight, in units of the best uniform one."""
+    """Upper bound of a weight of `nnls`, in units of the best uniform one."""
+    reference_model: str = ""
+    """Folder, URL or hub id of the model whose losses policy `rho` subtracts: one trained on held-out text like the target."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site, for the sketches that a step compares."""
     mode: str = "two-pass"
@@ -188,6 +198,8 @@ class TrainSettings:
         return PolicyOptions(
             n_keep=self.n_keep,
             metric=self.metric,
+            filter=self.filter,
+            filter_temperature=self.filter_temperature,
             filter_score=self.filter_score,
             weights=self.weights,
             ridge=self.ridge,
@@ -224,6 +236,7 @@ EXECUTION = frozenset(
         "revision",
         "optimizer_state",
         "schedule_from",
+        "reference_model",
         "checkpoint_every",
         "keep_checkpoints",
         "final_optimizer",

@@ -25,7 +25,7 @@ from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
 from selection_ops.online.metrics import Geometry, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
-from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
+from selection_ops.online.policies import Candidates, Decision, Policy, make_policy, resolve_options
 from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
@@ -60,8 +60,11 @@ class OnlineStep:
         selection_weights: bool = True,
         mode: Mode = "two-pass",
         precondition: PreconditionForm = "exact",
+        reference_model: Any = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        if isinstance(policy, str):
+            options = resolve_options(policy, options)
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
         self.metric = get_metric(options.metric)
         if self.metric.candidate_power:
@@ -80,7 +83,10 @@ class OnlineStep:
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
-        if self.policy.needs_sketches:
+        self._reference: HeadRoute | None = None
+        if reference_model is not None and self.policy.needs_reference_losses:
+            self._reference = HeadRoute(reference_model)
+        if self.policy.needs_sketches or self.policy.needs_norms:
             if mode == "one-pass":
                 require_one_pass(model)
             # Of a model that PEFT has wrapped, what it trains; else the linear maps of the blocks.
@@ -90,6 +96,7 @@ class OnlineStep:
             self._engine = GradientEngine(
                 model, groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
+        if self._engine is not None and self.policy.needs_sketches:
             self._target = TargetPass(
                 model, self._engine, self.metric, LiveOptimizer(optimizer, self.metric.name),
                 precondition=precondition, warmup_select=warmup_select, proj_rank=proj_rank, seed=seed,
@@ -112,11 +119,22 @@ class OnlineStep:
         space: Geometry | None = None
         target_loss: float | None = None
         loss_N: list[float | None] = [None] * len(candidates)
-        if self._engine is not None and self._target is not None:
-            wanted = self._target(target, self._batches, number)
-            target_loss = wanted.loss
+        reference_N: list[float | None] | None = None
+        norm_N: list[float] | None = None
+        wanted = self._target(target, self._batches, number) if self._target is not None else None
+        if self._engine is not None:
             sketch_NK, loss_N = self._sketches(self._engine, candidates, number)
-            space = geometry(wanted.metric, sketch_NK, wanted.direction_K)
+            norm_N = sketch_NK.double().norm(dim=1).tolist()
+            if wanted is not None:
+                target_loss = wanted.loss
+                space = geometry(wanted.metric, sketch_NK, wanted.direction_K)
+        elif self.policy.needs_losses:
+            loss_N = self._losses(self._route, candidates)
+            bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
+            if bad:
+                raise LehrError(_not_finite(number, "loss", bad))
+        if self._reference is not None:
+            reference_N = self._losses(self._reference, candidates)
         decision = self.policy.choose(
             Candidates(
                 step=number,
@@ -125,6 +143,10 @@ class OnlineStep:
                 tokens_N=[item.tokens for item in candidates],
                 token_limit=token_limit,
                 geometry=space,
+                loss_tokens_N=[item.loss_tokens for item in candidates],
+                loss_N=loss_N,
+                reference_loss_N=reference_N,
+                norm_N=norm_N,
             )
         )
         selecting = time.perf_counter() - started
@@ -175,6 +197,18 @@ class OnlineStep:
             )
         return weight_S
 
+    def _losses(self, route: HeadRoute, candidates: Sequence[Candidate]) -> list[float | None]:
+        """Losses of the candidates under a model, sums over their loss tokens, by a forward pass without dropout."""
+        loss_N: list[float | None] = [None] * len(candidates)
+        route.model.eval()
+        with torch.no_grad():
+            for indices, batch in self._batches([item.encoded for item in candidates]):
+                with self._batches.arithmetic():
+                    loss_B = route.sample_losses(batch)
+                for index, value in zip(indices, loss_B.tolist()):
+                    loss_N[index] = value
+        return loss_N
+
     def _sketches(
         self, engine: GradientEngine, candidates: Sequence[Candidate], number: int
     ) -> tuple[Tensor, list[float | None]]:
@@ -203,8 +237,8 @@ class OnlineStep:
     def _form(
         self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int
     ) -> float:
-        """The gradient of the step loss sum w l / sum w n from held factors, into the parameters' `grad`; returns that loss."""
-        normaliser = sum(weight * item.loss_tokens for weight, item in zip(weight_N, candidates))
+        """The gradient of the step loss sum w l / sum |w| n from held factors, into the parameters' `grad`; returns that loss."""
+        normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weight_N, candidates))
         if normaliser <= 0:
             kept = [item for item, weight in zip(candidates, weight_N) if weight]
             raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(kept)}")
@@ -221,13 +255,13 @@ class OnlineStep:
         return sum(weight * (loss or 0.0) for weight, loss in zip(weight_N, loss_N) if weight) / normaliser
 
     def _backward(self, items: Sequence[Candidate], weight_S: Tensor, number: int) -> tuple[float, list[float]]:
-        """Gradient of the step loss sum w l / sum w n over all of `items`, accumulated over batches of bounded tokens.
+        """Gradient of the step loss sum w l / sum |w| n over all of `items`, accumulated over batches of bounded tokens.
 
         Returns the step loss and every item's loss (a sum over its tokens).
         """
         self.optimizer.zero_grad(set_to_none=True)
         weights = weight_S.tolist()
-        normaliser = sum(weight * item.loss_tokens for weight, item in zip(weights, items))
+        normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weights, items))
         if normaliser <= 0:
             raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(items)}")
         total, loss_S = 0.0, [0.0] * len(items)

@@ -12,17 +12,21 @@ class PolicyOptions:
     """How a policy chooses and weights; part of the training's spec."""
 
     n_keep: int = 8
-    """Candidates trained on at a step, at most; `full` trains on all that are offered."""
+    """Candidates trained on at a step, at most; `full` and the filters `threshold` and `none` are not bound by it."""
     metric: str = "target"
     """What candidates and target are compared in: `target` (the target's gradient through the live preconditioner), `sgd` (as it is)."""
+    filter: str = "greedy"
+    """Filter: `greedy`, `omp`, `boltzmann`, `set-cosine`, `top-k`, `cosine`, `threshold`, `random` or `none`."""
     filter_score: str = "decrease"
-    """Score of the greedy filter: `decrease`, `residual` or `normalised`."""
+    """Score of the filters `greedy`, `omp` and `boltzmann`: `decrease`, `residual` or `normalised`."""
+    filter_temperature: float = 0.9
+    """Temperature of the filter `boltzmann`, in standard deviations of the scores."""
     weights: str = "nnls"
-    """Weights of the survivors: `nnls` (bounded least squares) or `uniform`."""
+    """Weights of the survivors: `nnls` (bounded least squares), `uniform`, `simplex`, `unbounded` or `signed`."""
     ridge: float = 1e-3
-    """Ridge of the weights, as a share of the mean self-interaction."""
+    """Ridge of weights and of the filter `omp`, as a share of the mean self-interaction."""
     weight_bound: float = 3.0
-    """Upper bound of a weight, in units of the best uniform one."""
+    """Upper bound of a weight of `nnls`, in units of the best uniform one."""
 
     def __post_init__(self) -> None:
         if self.n_keep < 1:
@@ -31,3 +35,5 @@ class PolicyOptions:
             raise InputError(f"ridge must be positive, not {self.ridge}: equal candidates have singular interactions")
         if self.weight_bound <= 0:
             raise InputError(f"weight_bound must be positive, not {self.weight_bound}")
+        if self.filter_temperature <= 0:
+            raise InputError(f"filter_temperature must be positive, not {self.filter_temperature}")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 
 from selection_ops.online.options import PolicyOptions
-from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, register, within_budget
+from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, Policy, register, within_budget
 
 
 @register("full")
-class Full:
+class Full(Policy):
     """Keeps every candidate; a token budget cuts the last step in the order of the stream."""
-
-    needs_sketches = False
 
     def __init__(self, options: PolicyOptions) -> None:
         pass

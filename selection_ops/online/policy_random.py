@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from schemas.fingerprint import canonical_json, hash128
+from selection_ops.online.filters import Draw
 from selection_ops.online.options import PolicyOptions
-from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, register, within_budget
+from selection_ops.online.policies import OVER_BUDGET, Candidates, Decision, Policy, register, within_budget
 
 
 @register("random")
-class Random:
+class Random(Policy):
     """Orders candidates by the hash of (seed, step, sample_id) and keeps the first `n_keep`."""
-
-    needs_sketches = False
 
     def __init__(self, options: PolicyOptions) -> None:
         self._n_keep = options.n_keep
 
     def choose(self, candidates: Candidates) -> Decision:
         """`n_keep` candidates, weight 1."""
-        keys = [
-            hash128(b"random policy", canonical_json([candidates.seed, candidates.step, sample_id]))
-            for sample_id in candidates.sample_ids
-        ]
+        draw = Draw(seed=candidates.seed, step=candidates.step, sample_ids=candidates.sample_ids)
+        keys = draw.keys(b"random policy")
         order = sorted(range(len(keys)), key=lambda index: (keys[index], index))[: self._n_keep]
         kept = within_budget(order, candidates.tokens_N, candidates.token_limit)
         drawn, fitting = set(order), set(kept)

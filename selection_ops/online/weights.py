@@ -1,16 +1,18 @@
-"""Weights of the survivors: a bounded non-negative least-squares problem, solved to its optimality conditions.
+"""Weights of the survivors: least-squares problems under bounds, solved to their optimality conditions.
 
 Legend: S survivors; K = gram_SS, b = align_S.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from schemas.errors import InputError, LehrError
 
-SCHEMES = ("nnls", "uniform")
+SCHEMES = ("nnls", "uniform", "simplex", "unbounded", "signed")
 _TOLERANCE = 1e-10
 _SWEEPS = 100_000
 _POLISH_EVERY = 8
@@ -76,6 +78,58 @@ def _solve_free(gram_SS: Tensor, align_S: Tensor, weight_S: Tensor, upper: float
     return solved
 
 
+def simplex_least_squares(gram_SS: Tensor, align_S: Tensor, *, total: float) -> Tensor:
+    """Minimiser of w'Kw / 2 - b'w over w >= 0 with sum w = total, by a primal active set, in float64.
+
+    K is positive definite. Every iterate is feasible; at the solution b - Kw equals one multiplier on the support and is at most that
+    outside. Raises `LehrError` where it does not end, which takes singular interactions.
+    """
+    size = len(align_S)
+    gram_SS, align_S = gram_SS.to(torch.float64), align_S.to(torch.float64)
+    if not size or total <= 0:
+        return torch.zeros(size, dtype=torch.float64)
+    weight_S = torch.full((size,), total / size, dtype=torch.float64)
+    free_S = torch.ones(size, dtype=torch.bool)
+    tolerance = _TOLERANCE * float((align_S.abs() + gram_SS.abs().sum(1) * total).max())
+    for _ in range(100 * (size + 1)):
+        aim_S, multiplier = _on_plane(gram_SS, align_S, free_S, total)
+        low_S = free_S & (aim_S < 0)
+        if bool(low_S.any()):
+            # As far towards the minimum on the face as every weight stays non-negative; what reaches zero leaves the face.
+            ratio_S = torch.where(low_S, weight_S / (weight_S - aim_S), torch.full_like(weight_S, math.inf))
+            leaving = int(ratio_S.argmin())
+            weight_S = weight_S + float(ratio_S[leaving]) * (aim_S - weight_S)
+            weight_S[leaving] = 0.0
+            free_S[leaving] = False
+            continue
+        weight_S = aim_S
+        slack_S = torch.where(free_S, torch.full_like(weight_S, -math.inf), align_S - gram_SS @ weight_S - multiplier)
+        entering = int(slack_S.argmax())
+        if float(slack_S[entering]) <= tolerance:
+            return weight_S
+        free_S[entering] = True
+    raise LehrError(
+        f"the simplex weights of {size} survivors did not converge: their interactions are singular; raise the ridge"
+    )
+
+
+def _on_plane(gram_SS: Tensor, align_S: Tensor, free_S: Tensor, total: float) -> tuple[Tensor, float]:
+    """Minimiser over the free weights with their sum alone held, zero elsewhere, and the multiplier of that sum."""
+    free = torch.nonzero(free_S).flatten()
+    ones = torch.ones(len(free), dtype=torch.float64)
+    solved = torch.linalg.solve(gram_SS[free][:, free], torch.stack([align_S[free], ones], dim=1))
+    multiplier = (float(solved[:, 0].sum()) - total) / float(solved[:, 1].sum())
+    weight_S = torch.zeros_like(align_S)
+    weight_S[free] = solved[:, 0] - multiplier * solved[:, 1]
+    return weight_S, multiplier
+
+
+def regularised(gram_SS: Tensor, ridge: float) -> Tensor:
+    """K + lambda I with lambda = ridge * mean diagonal of K."""
+    lift = ridge * float(gram_SS.diagonal().mean())
+    return gram_SS + lift * torch.eye(len(gram_SS), dtype=gram_SS.dtype)
+
+
 def solve_weights(
     gram_SS: Tensor,
     align_S: Tensor,
@@ -87,25 +141,37 @@ def solve_weights(
 ) -> Tensor:
     """Raw weights of the survivors, in units of the line search coefficient `alpha`.
 
-    `nnls`: min over 0 <= w <= bound * alpha of w'(K + lambda I)w / 2 - b'w with lambda = ridge * mean diagonal of K;
-    `uniform`: alpha for each. All zero where alpha is 0.
+    With f(w) = w'(K + lambda I)w / 2 - b'w and lambda = ridge * mean diagonal of K: `nnls` minimises f over
+    0 <= w <= bound * alpha; `uniform` is alpha for each; `simplex` minimises f over w >= 0 with the sum that `uniform` has;
+    `unbounded` over w >= 0; `signed` over all w. The first three are zero where alpha is 0, the others do not look at it.
     """
     if scheme not in SCHEMES:
         raise InputError(f"unknown weight scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
-    if scheme == "uniform" or alpha <= 0:
-        return torch.full((len(align_S),), max(alpha, 0.0), dtype=torch.float64)
-    lift = ridge * float(gram_SS.diagonal().mean())
-    regular_SS = gram_SS + lift * torch.eye(len(align_S), dtype=gram_SS.dtype)
-    return bounded_nnls(regular_SS, align_S, upper=bound * alpha)
+    size = len(align_S)
+    if not size or (alpha <= 0 and scheme in ("nnls", "uniform", "simplex")):
+        return torch.zeros(size, dtype=torch.float64)
+    if scheme == "uniform":
+        return torch.full((size,), alpha, dtype=torch.float64)
+    if not float(gram_SS.diagonal().mean()) > 0:
+        return torch.zeros(size, dtype=torch.float64)
+    regular_SS = regularised(gram_SS, ridge)
+    if scheme == "signed":
+        return torch.linalg.solve(regular_SS, align_S)
+    if scheme == "simplex":
+        return simplex_least_squares(regular_SS, align_S, total=alpha * size)
+    return bounded_nnls(regular_SS, align_S, upper=bound * alpha if scheme == "nnls" else math.inf)
 
 
 def normalise(weight_S: Tensor) -> Tensor:
-    """Weights of mean 1 over their support; zeros stay zero. All-zero weights come back unchanged."""
-    support = int((weight_S > 0).sum())
-    return weight_S * (support / float(weight_S.sum())) if support else weight_S
+    """Weights whose sizes have mean 1 over their support; zeros stay zero. All-zero weights come back unchanged.
+
+    Only `signed` weights are ever negative. They are scaled by their sizes: their sum can be zero, or turn the gradient around.
+    """
+    support = int((weight_S != 0).sum())
+    return weight_S * (support / float(weight_S.abs().sum())) if support else weight_S
 
 
 def effective_sample_size(weight_S: Tensor) -> float:
-    """(sum w)^2 / sum w^2; 0 for an empty or all-zero set."""
+    """(sum |w|)^2 / sum w^2; 0 for an empty or all-zero set."""
     square = float(weight_S.square().sum())
-    return float(weight_S.sum()) ** 2 / square if square else 0.0
+    return float(weight_S.abs().sum()) ** 2 / square if square else 0.0

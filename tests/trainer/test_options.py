@@ -114,6 +114,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"n_keep": 1, "epochs": 3, "filter_score": "residual"},
         lambda a, b: [d["score"] for d in a.decisions] != [d["score"] for d in b.decisions],
     ),
+    "filter": (
+        {},
+        {"filter": "none", "weights": "uniform"},
+        # No filter and equal weights: everything is trained on, where the greedy keeps half.
+        lambda a, b: max(map(len, a.kept())) <= 4 and [len(kept) for kept in b.kept()] == [8, 8, 8],
+    ),
+    "filter_temperature": (
+        {"filter": "boltzmann", "filter_temperature": 1e-9},
+        {"filter": "boltzmann", "filter_temperature": 50.0},
+        lambda a, b: a.kept()[0] != b.kept()[0],
+    ),
     "weights": (
         {"selection_weights": False},
         {"weights": "uniform", "selection_weights": False},
@@ -295,7 +306,7 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
 
 
 def test_every_option_has_a_case() -> None:
-    """`optimizer_state` and the execution options have tests of their own below and in test_loop.py."""
+    """`optimizer_state`, `reference_model` and the execution options have tests of their own below and in test_loop.py."""
     assert set(CASES) == {field.name for field in dataclasses.fields(TrainSettings)} - EXECUTION
 
 
@@ -380,7 +391,10 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"policy": "best"}, "filter-then-weight, full, random"),
+        ({"policy": "best"}, "filter-then-weight, full, grad-match"),
+        ({"policy": "tracin", "weights": "simplex"}, "policy tracin fixes weights to uniform"),
+        ({"policy": "rho"}, "name it with --reference-model"),
+        ({"filter": "best"}, "greedy, omp, boltzmann"),
         ({"schedule": "exp"}, "linear, sqrt, cosine"),
         ({"schedule": "refined"}, "belong together"),
         ({"schedule_from": "earlier"}, "belong together"),

@@ -13,7 +13,7 @@ import torch
 from schemas.errors import InputError, LehrError
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.online.options import PolicyOptions
-from selection_ops.online.policies import Candidates, Decision
+from selection_ops.online.policies import Candidates, Decision, Policy
 from tests.reference.online import sample_gradients
 from tests.reference.preconditioning import adamw, log_rank_one
 from tests.tiny import MODELS, tiny_llama, tiny_tokenizer
@@ -24,7 +24,7 @@ from trainer.step import OnlineStep
 
 
 @dataclasses.dataclass
-class Fixed:
+class Fixed(Policy):
     """A policy that keeps what it was told, with the weights it was told."""
 
     kept: tuple[int, ...]

@@ -8,8 +8,16 @@ import torch
 
 from schemas.errors import InputError
 from selection_ops.online.filters import line_search
-from selection_ops.online.weights import bounded_nnls, effective_sample_size, normalise, solve_weights
+from selection_ops.online.weights import (
+    SCHEMES,
+    bounded_nnls,
+    effective_sample_size,
+    normalise,
+    simplex_least_squares,
+    solve_weights,
+)
 from tests.reference.online import box_quadratic
+from tests.reference.policies import non_negative, simplex
 
 
 def instance(seed: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,5 +100,62 @@ def test_no_alignment_gives_zero() -> None:
 
 
 def test_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(InputError, match="nnls, uniform"):
+    with pytest.raises(InputError, match=", ".join(SCHEMES)):
         solve_weights(torch.eye(1), torch.ones(1), 1.0, scheme="softmax")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_simplex_equals_the_exact_solution(seed: int) -> None:
+    """Every support tried: float64 systems of condition at most 1e4, 1e-9 of the total."""
+    gram, align = instance(seed, 6, 8)
+    for total in (0.2, 3.0, 50.0):
+        w = simplex_least_squares(torch.tensor(gram), torch.tensor(align), total=total).numpy()
+        assert (w >= 0).all()
+        assert w.sum() == pytest.approx(total, rel=1e-12)
+        assert np.abs(w - simplex(gram, align, total)).max() <= 1e-9 * total
+
+
+@pytest.mark.parametrize("n,k", [(1, 4), (30, 64), (64, 16)])
+def test_simplex_is_optimal_where_supports_cannot_be_tried(n: int, k: int) -> None:
+    """One multiplier on the support, at least as large outside."""
+    for seed in range(4):
+        gram, align = instance(seed, n, k)
+        w = simplex_least_squares(torch.tensor(gram), torch.tensor(align), total=2.0).numpy()
+        slope = align - gram @ w
+        level = slope[w > 0]
+        # float64 solves of systems whose condition the ridge bounds by 1e5.
+        slack = 1e-8 * np.abs(align).max()
+        assert level.max() - level.min() <= slack
+        assert slope.max() <= level.max() + slack
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_schemes_are_what_they_say(seed: int) -> None:
+    """By vectors: unbounded is regularised NNLS of another library, signed a linear solve, simplex has uniform's sum."""
+    rng = np.random.default_rng(seed)
+    z, u = rng.normal(size=(6, 9)), rng.normal(size=9)
+    u = u if z.sum(0) @ u > 0 else -u
+    gram, align = torch.tensor(z @ z.T), torch.tensor(z @ u)
+    alpha = line_search(gram, align, tuple(range(6)))
+    lift = 0.02 * np.mean((z**2).sum(1))
+    found = {name: solve_weights(gram, align, alpha, scheme=name, ridge=0.02, bound=1.2).numpy() for name in SCHEMES}
+    # KKT residual 1e-10 |b| over the smallest eigenvalue, at least the ridge.
+    slack = 1e-10 * np.abs(z @ u).max() * 6 / lift * 2
+    assert np.abs(found["unbounded"] - non_negative(z, u, 0.02)).max() <= slack
+    assert np.abs(found["signed"] - np.linalg.solve(z @ z.T + lift * np.eye(6), z @ u)).max() <= 1e-10
+    assert (found["signed"] < 0).any() or (found["signed"] == pytest.approx(found["unbounded"], abs=slack))
+    assert found["simplex"].sum() == pytest.approx(found["uniform"].sum(), rel=1e-12)
+    assert np.abs(found["simplex"] - simplex(z @ z.T + lift * np.eye(6), z @ u, 6 * alpha)).max() <= 1e-9
+    assert found["nnls"].max() <= 1.2 * alpha * (1 + 1e-12)
+    assert found["unbounded"].max() > 1.2 * alpha
+
+
+def test_signed_weights_are_scaled_by_their_sizes() -> None:
+    w = normalise(torch.tensor([3.0, -1.0, 0.0], dtype=torch.float64))
+    assert w.tolist() == [1.5, -0.5, 0.0]
+    assert effective_sample_size(w) == pytest.approx(4 / 2.5, rel=1e-15)
+
+
+def test_candidates_without_gradients_get_no_weight() -> None:
+    for scheme in SCHEMES:
+        assert solve_weights(torch.zeros(2, 2), torch.zeros(2), 0.0, scheme=scheme).tolist() == [0.0, 0.0]
