@@ -14,14 +14,18 @@ from schemas.run import Run
 from schemas.storage import join, list_names
 from schemas.tables import schema_names
 
-FLOW = ("plan", "scoring", "target", "score", "curvature", "select", "export", "train")
+FLOW = ("plan", "scoring", "target", "keep", "score", "curvature", "select", "export", "train")
 """Stages in the order in which a corpus goes through them."""
 
 JOURNAL = ("steps", "decisions", "evals", "timings")
 
 TABLE_VIEWS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "plan": ("plan", (), "work units of the corpus"),
-    "features": ("features", ("scoring",), "every scored sample: place, preview, tokens, loss, norms, sketch"),
+    "features": (
+        "features",
+        ("scoring",),
+        "every scored sample: place, preview, tokens, loss, norms, sketch (null where it was not kept)",
+    ),
     "rejects": ("rejects", ("scoring",), "rows and windows that could not be scored, and why"),
     "curvature": ("curvature", ("target", "scoring"), "geometry of every scored sample against a target"),
     "target_samples": ("target_samples", ("target", "scoring"), "the target set and the held-out set"),

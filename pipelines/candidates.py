@@ -25,7 +25,7 @@ from schemas.manifest import Manifest
 from schemas.parquet import Part, decode_table, decode_vectors, part_buffer, read_columns
 from schemas.run import Run
 from schemas.spec import FeatureSpec, LossKind
-from schemas.tables import GEOMETRY_COLUMNS, OVERLAP_COLUMNS, table_schema
+from schemas.tables import GEOMETRY_COLUMNS, MEASURE_COLUMNS, OVERLAP_COLUMNS, PLACE_COLUMNS
 from selection_ops.selectors import CandidateSet
 from selection_ops.selectors.seconds import spent
 
@@ -52,13 +52,16 @@ def read_pool(
     """Read every part of a scoring, and its curvature columns; lineage and checksums are verified, and hashes of the parts.
 
     `columns_only` leaves sketches on storage: their bytes are not read, so the hashes of the feature parts are not verified.
+    Where the scoring was stored without sketches there are none to leave, and the hashes are verified.
     """
     parts = [part for part in score.parts if part.path.startswith("features/")]
     if not parts:
         raise InputError("the plan has no work units, so there is nothing to select from")
     unit_NK: torch.Tensor | None = None
-    if columns_only:
-        names = [name for name in table_schema("features", spec.sketch_size).names if name != "sketch"]
+    if "keep" in score.inputs:
+        features = _all(lambda part: _read(run, part, "features", spec), parts)
+    elif columns_only:
+        names = [*PLACE_COLUMNS, *MEASURE_COLUMNS]
         features = _all(
             lambda part: read_columns(run.url, part, names, schema="features", spec=spec.fingerprint), parts
         )

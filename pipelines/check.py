@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipelines.check_rows import StoredRow, draw_rows, draw_target
+from pipelines.geometry import read_target
 from pipelines.options import CheckOptions, ScoringOptions
 from pipelines.preconditioning import Side, load_preconditioner
 from pipelines.scorer import SampleScorer, Scored, load_encoder
@@ -101,7 +102,13 @@ def check(
     spec, location = scoring_spec(run, scoring, ScoringOptions(model=model, revision=revision))
     encoder = load_encoder(spec, location)
     target, target_rows = draw_target(run, scoring, spec, options)
-    rows = draw_rows(run, scoring, spec, encoder, options)
+    target_name = "" if target is None else target.spec["target"]
+    rows = draw_rows(run, scoring, spec, encoder, options, target_name)
+    mean_K = (
+        None
+        if all(row.unit_K is not None for row in rows)
+        else read_target(run, target_name, scoring, spec).geometry.mean_K
+    )
     stored = [*rows, *target_rows]
     encoded = [encoder.encode(row.sample.text, row.sample.loss_spans) for row in stored]
 
@@ -128,14 +135,14 @@ def check(
     scored = _recompute(run, scoring, location, rows, target_rows, tick)
     torch.set_num_threads(threads)
     sides = _Sides(run, scoring, spec, location, exact_model, len(rows))
-    failures, integrity = _integrity(spec, rows, target_rows, scored)
+    failures, integrity = _integrity(spec, rows, target_rows, scored, mean_K)
     sketches = [_sketch(exact_model, dataclasses.replace(spec, k=k), sides, encoded, tick) for k in (0, spec.k)]
     pairs_P2 = torch.cat(
         [choose_pairs(len(stored), THEORY_PAIRS, options.seed), _diagonal(min(len(rows), THEORY_NORMS))]
     )
     exact_NN, projection_P = _exact(exact_model, spec, sides, encoded, plan, pairs_P2, tick)
-    stored_NK = _full(stored)
     recomputed_NK = _recomputed(scored, stored)
+    stored_NK = _full(stored, recomputed_NK)
     errors = _errors(
         exact_NN, projection_P, pairs_P2, sketches[0], sketches[1], recomputed_NK, stored_NK, len(rows), spec
     )
@@ -150,10 +157,15 @@ def check(
         "run": run.run_id,
         "scoring": scoring,
         "spec": spec.fingerprint,
-        "target": None if target is None else target.spec["target"],
+        "target": target_name or None,
+        "kept": "all" if mean_K is None else "scalars",
         "options": plain(options),
         "cost": dataclasses.asdict(cost) | {"tokens_run": cost.tokens_run},
-        "sketch": {"proj_rank": spec.proj_rank, "k": spec.sketch_size, "bytes_per_row": 2 * spec.sketch_size + 4},
+        "sketch": {
+            "proj_rank": spec.proj_rank,
+            "k": spec.sketch_size,
+            "bytes_per_row": 4 + (2 * spec.sketch_size if mean_K is None else 0),
+        },
         "rows": [{"sample_id": row.sample.sample_id, "place": row.place, "selected": row.selected} for row in rows],
         "integrity": integrity,
         "errors": errors,
@@ -210,9 +222,18 @@ def _recompute(
 
 
 def _integrity(
-    spec: FeatureSpec, rows: Sequence[StoredRow], target_rows: Sequence[StoredRow], scored: Scored
+    spec: FeatureSpec,
+    rows: Sequence[StoredRow],
+    target_rows: Sequence[StoredRow],
+    scored: Scored,
+    mean_K: torch.Tensor | None,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Sentences about rows that are not what the spec makes of their text, and the numbers."""
+    """Sentences about rows that are not what the spec makes of their text, and the numbers.
+
+    Of a row without its sketch the cosine with the mean target gradient `mean_K` is compared, which moves no more than the unit
+    sketch does.
+    """
+    mean = None if mean_K is None else (mean_K / mean_K.norm()).numpy()
     again = {sample.sample_id: index for index, sample in enumerate(scored.samples)}
     refused = {(reject.path, reject.row, reject.window): reject for reject in scored.rejects}
     arithmetic = ARITHMETIC[spec.dtype]
@@ -230,12 +251,15 @@ def _integrity(
                 failures.append(f"{row.place}: stored, but recomputing it ends in {reject.reason} ({reject.detail})")
                 continue
             unit_K, norm, loss = scored.unit_NK[index].astype(np.float64), scored.norm_N[index], scored.loss_N[index]
-            distance = float(np.linalg.norm(row.unit_K.astype(np.float64) - unit_K))
+            if row.unit_K is None:
+                distance = abs(row.alignment - float(unit_K @ mean))
+                said = f"the stored alignment is {distance:.3g} from the recomputed one"
+            else:
+                distance = float(np.linalg.norm(row.unit_K.astype(np.float64) - unit_K))
+                said = f"the stored sketch is {distance:.3g} of its norm from the recomputed one"
             largest[kind] = max(largest[kind], distance)
             if not distance <= limits[kind]:
-                failures.append(
-                    f"{row.place}: the stored sketch is {distance:.3g} of its norm from the recomputed one (limit {limits[kind]:.2g})"
-                )
+                failures.append(f"{row.place}: {said} (limit {limits[kind]:.2g})")
             if not abs(row.norm / norm - 1) <= arithmetic + 1e-6:
                 failures.append(f"{row.place}: sketch_norm is stored as {row.norm:.6g} and recomputed as {norm:.6g}")
             if math.isfinite(row.loss) and not abs(row.loss - loss) <= (arithmetic + 1e-6) * max(abs(loss), 1.0):
@@ -290,8 +314,15 @@ def _groups(spec: FeatureSpec) -> tuple[InputGroup, ...]:
     return (*spec.input_groups, *(InputGroup(name=site.name, sites=(site.name,)) for site in spec.small_sites))
 
 
-def _full(stored: Sequence[StoredRow]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([row.unit_K.astype(np.float64) * row.norm for row in stored]))
+def _full(stored: Sequence[StoredRow], recomputed_NK: torch.Tensor) -> torch.Tensor:
+    """Stored sketches with their norms, [N, K] float64; for those not kept the recomputed ones, rounded as they would have been."""
+    full_NK = recomputed_NK.clone()
+    for place, row in enumerate(stored):
+        if row.unit_K is not None:
+            full_NK[place] = torch.from_numpy(row.unit_K.astype(np.float64) * row.norm)
+        else:
+            full_NK[place] = (full_NK[place] / full_NK[place].norm()).half().double() * row.norm
+    return full_NK
 
 
 def _recomputed(scored: Scored, stored: Sequence[StoredRow]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,10 +31,12 @@ class StoredRow:
     """One row as it is stored, and its sample."""
 
     sample: Sample
-    unit_K: np.ndarray
-    """Unit sketch in its stored type."""
+    unit_K: np.ndarray | None
+    """Unit sketch in its stored type; None where it was not kept."""
     norm: float
     loss: float
+    alignment: float = float("nan")
+    """Where the sketch was not kept: its cosine with the mean target gradient, as stored."""
     selected: bool = False
     """Whether the selection that is checked chose it."""
 
@@ -43,18 +46,19 @@ class StoredRow:
         return f"{self.sample.path} row {self.sample.row} window {self.sample.window}"
 
 
-def draw_rows(run: Run, scoring: str, spec: FeatureSpec, encoder: Encoder, options: CheckOptions) -> list[StoredRow]:
-    """Rows of a finished scoring by seed, in corpus order, with their texts.
+def draw_rows(
+    run: Run, scoring: str, spec: FeatureSpec, encoder: Encoder, options: CheckOptions, target: str = ""
+) -> list[StoredRow]:
+    """Rows of a finished scoring by seed, in corpus order, with their texts; `target`: whose alignment stands for a sketch that was
+    not kept.
 
     Raises `InputError` where the scoring is not finished or too small, `SourceChanged` naming the file where a text is not the scored
     one, `CorruptFile` where a part differs from its manifest.
     """
     score = run.manifest("score", scoring)
-    parts = {
-        part.path.rsplit("/part-", 1)[-1].removesuffix(".parquet"): part
-        for part in score.parts
-        if part.path.startswith("features/")
-    }
+    parts = _by_unit(part for part in score.parts if part.path.startswith("features/"))
+    sketchless = "keep" in score.inputs
+    curvature = _by_unit(run.manifest("curvature", f"{target}.{scoring}").parts) if sketchless else {}
     rng = random.Random(f"check {options.seed}")
     if options.selection:
         wanted, selected = _of_selection(run, scoring, options, rng)
@@ -65,10 +69,15 @@ def draw_rows(run: Run, scoring: str, spec: FeatureSpec, encoder: Encoder, optio
     for unit in plan.units:
         places = wanted.get(unit.unit_id, set()) | wanted.get(unit.path, set())
         if places and unit.unit_id in parts:
-            rows += _of_unit(run, unit, parts[unit.unit_id], spec, plan.spec, encoder, places, selected)
+            aligned = curvature[unit.unit_id] if sketchless else None
+            rows += _of_unit(run, unit, parts[unit.unit_id], aligned, spec, plan.spec, encoder, places, selected)
     if len(rows) < 2:
         raise InputError(f"{run.url}: scoring {scoring!r} holds {len(rows)} rows to check, and two are needed")
     return rows
+
+
+def _by_unit(parts: Iterable[Part]) -> dict[str, Part]:
+    return {part.path.rsplit("/part-", 1)[-1].removesuffix(".parquet"): part for part in parts}
 
 
 def _of_all(parts: dict[str, Part], count: int, rng: random.Random) -> dict[str, set[object]]:
@@ -121,6 +130,7 @@ def _of_unit(
     run: Run,
     unit: WorkUnit,
     part: Part,
+    aligned: Part | None,
     spec: FeatureSpec,
     plan_spec: PlanSpec,
     encoder: Encoder,
@@ -136,7 +146,13 @@ def _of_unit(
     if not wanted:
         return []
     texts = _texts(run, unit, plan_spec, encoder, {ids[index] for index in wanted})
-    units_NK = unit_sketches(table)
+    if aligned is None:
+        units: Sequence[np.ndarray | None] = list(unit_sketches(table))
+        alignments = [float("nan")] * len(ids)
+    else:
+        data, name = read_part(run.url, aligned), run.path(aligned.path)
+        columns = decode_table(data, name, schema="curvature", spec=spec.fingerprint, inputs=lineage)[0]
+        units, alignments = [None] * len(ids), columns["alignment"].to_pylist()
     contents, norms, losses = (table[name].to_pylist() for name in ("content_id", "sketch_norm", "loss"))
     rows = []
     for index in wanted:
@@ -154,9 +170,10 @@ def _of_unit(
         rows.append(
             StoredRow(
                 sample=sample,
-                unit_K=units_NK[index],
+                unit_K=units[index],
                 norm=norms[index],
                 loss=losses[index],
+                alignment=alignments[index],
                 selected=ids[index] in selected,
             )
         )

@@ -8,6 +8,8 @@ from typing import Literal
 from schemas.errors import InputError
 from schemas.spec import AppendEos, Attribute, BatchLayout, CorpusColumns, DType, LossKind, PreconditionForm
 
+Keep = Literal["all", "scalars"]
+
 _ENGINES = {
     "local": "local",
     "worker-pool": "worker-pool",

@@ -70,6 +70,8 @@ class CostEstimate:
     """Rows, and a window for every `max_tokens` of their tokens: an upper estimate."""
     bytes: int
     """Of features and curvature of one target."""
+    scalar_bytes: int
+    """The same without sketches."""
 
 
 def estimate_cost(
@@ -90,6 +92,7 @@ def estimate_cost(
         hours=tokens / tokens_per_second / 3600,
         samples=samples,
         bytes=round(samples * (_SKETCH_BYTES * k + _ROW_BYTES)),
+        scalar_bytes=samples * _ROW_BYTES,
     )
 
 

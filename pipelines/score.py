@@ -20,7 +20,8 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.curvature import CurvatureView
 from pipelines.geometry import read_target
-from pipelines.options import Execution, ScoringOptions
+from pipelines.keep import settle_keep
+from pipelines.options import Execution, Keep, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results, results_url
 from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
@@ -29,11 +30,11 @@ from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest, write_manifest
-from schemas.parquet import Footer, Part, decode_table, rows_to_table, write_table
+from schemas.parquet import Footer, Part, decode_table, encode_table, part_of, rows_to_table, write_table
 from schemas.run import Run
 from schemas.sample import Reject, Row, Sample
 from schemas.spec import PlanSpec
-from schemas.storage import exists, list_names, read_bytes, sha256, sweep_temporary
+from schemas.storage import exists, list_names, read_bytes, sha256, sweep_temporary, write_whole
 from schemas.tables import table_schema
 from schemas.timings import HeartbeatWriter
 from schemas.units import Plan, WorkUnit, read_plan
@@ -50,7 +51,21 @@ class ScoreSettings:
     location: ModelLocation
     plan_spec: PlanSpec
     targets: tuple[str, ...]
+    keep: str = ""
+    """Fingerprint of what was declared to be stored without sketches; empty where sketches are stored."""
     attempt: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredUnit:
+    """A unit as the model has just scored it."""
+
+    samples: list[Sample]
+    features: pa.Table
+    """With sketches, whether or not they will be stored."""
+    rejects: pa.Table
+    tokens: int
+    notes: Mapping[str, int]
 
 
 class UnitScorer:
@@ -93,48 +108,78 @@ class UnitScorer:
         self._heart.unit(unit.unit_id)
         features_path = self.run.features_path(settings.scoring, unit.unit_id)
         rejects_path = self.run.rejects_path(settings.scoring, unit.unit_id)
-        features = self._existing(features_path, "features", inputs)
+        lineage = {**inputs, "keep": settings.keep} if settings.keep else inputs
+        features = self._existing(features_path, "features", lineage)
         rejects = self._existing(rejects_path, "rejects", inputs)
-        samples: list[Sample] | None = None
-        scored_tokens = 0
-        if features is None or rejects is None:
-            samples, refused = self._samples(unit)
-            scored = self._scorer.score(samples, self._heart.tokens)
-            scored_tokens = int(scored.tokens_N.sum())
-            samples = list(scored.samples)
-            notes = {"batch_halvings": scored.batch_halvings}
-            footer = Footer(schema="rejects", spec=self.spec.fingerprint, inputs=inputs)
-            table = rejects_table([*refused, *scored.rejects])
-            # Rejects first: a unit counts as scored when its features stand.
-            rejects = table, write_table(self.run.url, rejects_path, table, footer)
-            schema = table_schema("features", self.spec.sketch_size)
-            table = pa.table(scored_columns(scored, schema), schema=schema)
-            footer = Footer(schema="features", spec=self.spec.fingerprint, inputs=inputs, notes=notes)
-            features = table, write_table(self.run.url, features_path, table, footer)
-        parts = {"features": features[1], "rejects": rejects[1]}
-        overlapping = {}
+        curvature = {} if features is None else self._curvature(unit, features[1])
+        unwritten, scored = b"", None
+        if features is None or rejects is None or (settings.keep and len(curvature) < len(settings.targets)):
+            scored = self._score(unit)
+            if features is None or rejects is None:
+                footer = Footer(schema="rejects", spec=self.spec.fingerprint, inputs=inputs)
+                rejects = scored.rejects, write_table(self.run.url, rejects_path, scored.rejects, footer)
+                table = scored.features.drop_columns(["sketch"]) if settings.keep else scored.features
+                footer = Footer(schema="features", spec=self.spec.fingerprint, inputs=lineage, notes=scored.notes)
+                unwritten = encode_table(table, footer)
+                features = table, part_of(features_path, table, unwritten)
+                curvature = self._curvature(unit, features[1])
+            elif not scored.features["sample_id"].equals(features[0]["sample_id"]):
+                raise CorruptFile(
+                    f"{self.run.path(features_path)} holds other samples than {unit.path} gives now; delete it and run again"
+                )
         for target in settings.targets:
-            view = self._view(target)
-            path = self.run.curvature_path(target, settings.scoring, unit.unit_id)
-            lineage = {**inputs, "target": view.target.fingerprint, "features": features[1].sha256}
-            curvature = self._existing(path, "curvature", lineage, replace_mixed=True)
-            if curvature is None:
-                if samples is None:
-                    samples = self._texts(unit, features[0])
-                footer = Footer(schema="curvature", spec=self.spec.fingerprint, inputs=lineage)
-                table = view.table(features[0], samples)
-                curvature = table, write_table(self.run.url, path, table, footer)
-            parts[f"curvature/{target}"] = curvature[1]
-            overlapping[target] = int(pc.sum(curvature[0]["overlapping"]).as_py() or 0)
+            if target not in curvature:
+                if scored is None:
+                    vectors, samples = features[0], self._texts(unit, features[0])
+                else:
+                    vectors, samples = scored.features, scored.samples
+                path, made_from = self._curvature_place(unit, target, features[1])
+                footer = Footer(schema="curvature", spec=self.spec.fingerprint, inputs=made_from)
+                table = self._view(target).table(vectors, samples)
+                curvature[target] = table, write_table(self.run.url, path, table, footer)
+        if unwritten:
+            # Features last: a unit counts as scored when they stand, and without sketches nothing else could be made from them.
+            write_whole(self.run.path(features_path), unwritten)
+        parts = {"features": features[1], "rejects": rejects[1]}
+        parts |= {f"curvature/{target}": part for target, (_, part) in curvature.items()}
         return {
             "key": unit.unit_id,
             "parts": {name: plain(part) for name, part in parts.items()},
             "samples": features[0].num_rows,
             "tokens": int(pc.sum(features[0]["tokens"]).as_py() or 0),
             "rejects": dict(Counter(rejects[0]["reason"].to_pylist())),
-            "overlapping": overlapping,
-            "scored_tokens": scored_tokens,
+            "overlapping": {
+                target: int(pc.sum(table["overlapping"]).as_py() or 0) for target, (table, _) in curvature.items()
+            },
+            "scored_tokens": 0 if scored is None else scored.tokens,
         }
+
+    def _score(self, unit: WorkUnit) -> ScoredUnit:
+        samples, refused = self._samples(unit)
+        scored = self._scorer.score(samples, self._heart.tokens)
+        schema = table_schema("features", self.spec.sketch_size)
+        return ScoredUnit(
+            samples=list(scored.samples),
+            features=pa.table(scored_columns(scored, schema), schema=schema),
+            rejects=rejects_table([*refused, *scored.rejects]),
+            tokens=int(scored.tokens_N.sum()),
+            notes={"batch_halvings": scored.batch_halvings},
+        )
+
+    def _curvature_place(self, unit: WorkUnit, target: str, features: Part) -> tuple[str, dict[str, str]]:
+        """Path and lineage of the curvature columns of a unit."""
+        lineage = {"unit": unit.unit_id, "target": self._view(target).target.fingerprint, "features": features.sha256}
+        return self.run.curvature_path(target, self.settings.scoring, unit.unit_id), lineage
+
+    def _curvature(self, unit: WorkUnit, features: Part) -> dict[str, tuple[pa.Table, Part]]:
+        """The curvature columns that stand, by target."""
+        found = {}
+        for target in self.settings.targets:
+            path, lineage = self._curvature_place(unit, target, features)
+            standing = self._existing(path, "curvature", lineage, replace_mixed=True)
+            if standing is not None:
+                found[target] = standing
+        return found
 
     def _view(self, target: str) -> CurvatureView:
         if target not in self._views:
@@ -268,6 +313,7 @@ def score(
     options: ScoringOptions,
     execution: Execution,
     *,
+    keep: Keep | None = None,
     share: tuple[int, int] = (0, 1),
     attempt: str = "",
     on_start: Callable[[Plan, tuple[WorkUnit, ...]], None] = lambda plan, units: None,
@@ -275,11 +321,13 @@ def score(
 ) -> ScoreReport:
     """Score the plan, or a fixed share of it, and write the stage's manifests when the whole plan stands.
 
+    `keep` says what is stored of the features; left out, what the scoring was declared with, or everything.
     Raises `RunIncomplete` where units are missing at the end, and the units' own error where one failed.
     """
     refuse_unreachable(run, execution)
     plan = read_plan(run)
     _, location = scoring_spec(run, scoring, options)
+    held = settle_keep(run, scoring, keep)
     targets = tuple(manifest.spec["target"] for manifest in run.targets(scoring))
     sweep_temporary(run.url)
     settings = ScoreSettings(
@@ -288,6 +336,7 @@ def score(
         location=location,
         plan_spec=plan.spec,
         targets=targets,
+        keep="" if held is None else held.fingerprint,
         attempt=attempt,
     )
     units = plan.share(*share)
@@ -297,7 +346,7 @@ def score(
         records = _run_units(run, settings, plan.units, execution, tick)  # reads and checks; computes nothing
     complete = len(records) == len(plan.units)
     if complete:
-        _write_manifests(run, scoring, plan, targets, records)
+        _write_manifests(run, settings, plan, records)
     declared = run.manifest("scoring", scoring)
     rejects: Counter[str] = Counter()
     for record in records.values():
@@ -363,9 +412,8 @@ def _standing(run: Run, scoring: str, targets: tuple[str, ...], units: tuple[Wor
     return sum(all(f"part-{unit.unit_id}.parquet" in found for found in names) for unit in units)
 
 
-def _write_manifests(
-    run: Run, scoring: str, plan: Plan, targets: tuple[str, ...], records: dict[str, dict[str, Any]]
-) -> None:
+def _write_manifests(run: Run, settings: ScoreSettings, plan: Plan, records: dict[str, dict[str, Any]]) -> None:
+    scoring = settings.scoring
     ordered = [records[unit.unit_id] for unit in plan.units]
     declared = run.manifest("scoring", scoring)
     rejects: Counter[str] = Counter()
@@ -375,7 +423,11 @@ def _write_manifests(
         stage="score",
         name=scoring,
         spec=declared.spec,
-        inputs={"plan": plan.fingerprint, "scoring": declared.fingerprint},
+        inputs={
+            "plan": plan.fingerprint,
+            "scoring": declared.fingerprint,
+            **({"keep": settings.keep} if settings.keep else {}),
+        },
         parts=tuple(Part(**record["parts"][kind]) for kind in ("features", "rejects") for record in ordered),
         summary={
             "units": len(ordered),
@@ -386,7 +438,7 @@ def _write_manifests(
         },
     )
     write_manifest(run.path(run.manifest_path("score", scoring)), manifest)
-    for target in targets:
+    for target in settings.targets:
         described = run.manifest("target", f"{target}.{scoring}")
         write_manifest(
             run.path(run.manifest_path("curvature", f"{target}.{scoring}")),

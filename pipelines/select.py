@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines.candidates import candidate_set, in_threads, read_pool
 from pipelines.geometry import TargetData, read_target
+from pipelines.keep import refuse_sketchless
 from schemas.errors import InputError
 from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.manifest import Manifest, write_manifest
@@ -70,7 +71,7 @@ def run_select(
             run, name, scoring, target, budget, settings, keep_overlapping=keep_overlapping, columns_only=columns_only
         )
         spec, data = ready.spec, ready.data
-        pool = read_pool(run, ready.score, ready.curvature, spec, columns_only=columns_only)
+        pool = read_pool(run, ready.score, ready.curvature, spec, columns_only=ready.columns_only)
         candidates = candidate_set(
             pool.columns, loss=spec.loss, keep_overlapping=keep_overlapping, unit_NK=pool.unit_NK
         )
@@ -93,6 +94,8 @@ class Prepared:
     score: Manifest
     curvature: Manifest | None
     data: TargetData | None
+    columns_only: bool
+    """Whether no sketch is read: asked for, or because none is stored."""
 
 
 def prepare(
@@ -115,6 +118,10 @@ def prepare(
             "a ranking such as 'target-cosine'"
         )
     score = run.manifest("score", scoring)
+    if "keep" in score.inputs:
+        if get_selector(settings.selector).needs_sketches:
+            raise refuse_sketchless(scoring, f"selector {settings.selector!r}")
+        columns_only = True
     spec = run.scoring(scoring)
     select_spec = {
         "scoring": scoring,
@@ -139,7 +146,15 @@ def prepare(
             )
         inputs |= {"curvature": curvature.fingerprint, "target": data.fingerprint}
     _refuse_other(run, name, select_spec)
-    return Prepared(select_spec=select_spec, inputs=inputs, spec=spec, score=score, curvature=curvature, data=data)
+    return Prepared(
+        select_spec=select_spec,
+        inputs=inputs,
+        spec=spec,
+        score=score,
+        curvature=curvature,
+        data=data,
+        columns_only=columns_only,
+    )
 
 
 def _refuse_other(run: Run, name: str, select_spec: dict[str, Any]) -> None:

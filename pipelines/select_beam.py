@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.candidates import available_bytes
+from pipelines.keep import refuse_sketchless
 from pipelines.options import Execution
 from pipelines.results import read_results, results_url
 from pipelines.runners import model_hints, refuse_unreachable, run_job
@@ -26,6 +27,7 @@ from schemas.storage import exists, list_names, remove
 from selection_ops.selectors import Budget, SelectorSettings, get_selector
 from selection_ops.selectors.baselines import Ranking
 from selection_ops.selectors.limit import refuse_few_targets
+from selection_ops.selectors.problem import plain_target
 
 COLUMN_BYTES = 1_200
 """Memory that a candidate takes in the in-memory path beside its sketch: columns, ids, texts, scores."""
@@ -109,6 +111,8 @@ def run_select_beam(
         raise InputError(f"selector {selector.name!r} needs a target; name one, or use selector 'random'")
     if settings.selector == "direct-signed" and ready.data is not None:
         refuse_few_targets(settings.selector, ready.data.geometry, settings)
+    if "keep" in ready.score.inputs and not (isinstance(selector, Ranking) or plain_target(settings)):
+        raise refuse_sketchless(scoring, f"selector {selector.name!r} with these settings")
     units = _units(ready)
     samples = sum(unit.features.rows for unit in units)
     task = SelectionTask(
@@ -119,7 +123,7 @@ def run_select_beam(
         budget=budget,
         settings=settings,
         keep_overlapping=keep_overlapping,
-        columns_only=columns_only,
+        columns_only=ready.columns_only,
         rounds=search_rounds(samples) if rounds is None else rounds,
         samples=samples,
     )

@@ -19,7 +19,7 @@ from pipelines.geometry import TargetData, read_target
 from schemas.parquet import Part, decode_table, decode_vectors, part_buffer, read_columns
 from schemas.run import Run
 from schemas.spec import FeatureSpec
-from schemas.tables import table_schema
+from schemas.tables import MEASURE_COLUMNS, PLACE_COLUMNS
 from selection_ops.selectors import Budget, SelectorSettings, get_selector
 from selection_ops.selectors.base import CandidateSet
 from selection_ops.selectors.baselines import Ranking
@@ -163,7 +163,7 @@ class SelectionContext:
         """The unit's features but for the sketches, with its curvature columns; all of them or those that decide."""
         names = SCALARS
         if everything:
-            names = tuple(n for n in table_schema("features", self.spec.sketch_size).names if n != "sketch")
+            names = (*PLACE_COLUMNS, *MEASURE_COLUMNS)
         features = read_columns(self.run.url, unit.features, names, schema="features", spec=self.spec.fingerprint)
         if unit.curvature is None:
             return features

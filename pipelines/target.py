@@ -20,6 +20,7 @@ import torch
 from apache_beam.utils.shared import Shared
 
 from pipelines.geometry import full_sketches, write_spectrum
+from pipelines.keep import no_columns
 from pipelines.options import Execution, ScoringOptions, TargetOptions
 from pipelines.results import GatherResults, read_results, results_url
 from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
@@ -221,6 +222,9 @@ def describe(
             raise InputError(
                 f"target {name!r} was described before with other {', '.join(differing)}; give this one another name with --name"
             )
+    held = run.keep(scoring)
+    if held is not None and name not in held.spec["targets"]:
+        raise InputError(no_columns(name, scoring, held))
     settings = _TargetSettings(run_url=run.url, scoring=scoring, target=name, location=location, attempt=attempt)
     chunks = tuple(
         _Chunk(part=part, index=number, samples=samples[start : start + CHUNK_SAMPLES])

@@ -12,7 +12,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import CorruptFile, MixedFingerprints
+from schemas.errors import CorruptFile, InputError, MixedFingerprints
 from schemas.fingerprint import canonical_json
 from schemas.ranged import open_ranged
 from schemas.storage import filesystem, is_local, read_bytes, sha256, write_whole
@@ -121,6 +121,11 @@ def write_table(run_url: str, path: str, table: pa.Table, footer: Footer) -> Par
     """Write `table` whole at `run_url`/`path` and return its manifest entry."""
     data = encode_table(table, footer)
     write_whole(f"{run_url}/{path}", data)
+    return part_of(path, table, data)
+
+
+def part_of(path: str, table: pa.Table, data: bytes) -> Part:
+    """The manifest entry of a table that was encoded to `data`."""
     return Part(path=path, rows=table.num_rows, bytes=len(data), sha256=sha256(data))
 
 
@@ -241,10 +246,15 @@ def decode_vectors(
     """Hand the vectors of `column` to `store(row, numbers)` a row group at a time, and return the other columns as a table.
 
     `numbers` is flat and not kept here, so one row group is in memory at a time. Raises `CorruptFile` where the file holds
-    other than `rows` vectors of `width` numbers, before anything is handed over, or where it is damaged.
+    other than `rows` vectors of `width` numbers, before anything is handed over, or where it is damaged; `InputError` where it
+    was stored without the column.
     """
     file = _open(url, pa.BufferReader(data))
     check_footer(footer_of(file, url), url, schema=schema, spec=spec, inputs={})
+    if column not in file.schema_arrow.names:
+        raise InputError(
+            f"{url} holds no column {column!r}: it was left out when the scoring was stored (--keep scalars)"
+        )
     found = (file.metadata.num_rows, file.schema_arrow.field(column).type.list_size)
     if found != (rows, width):
         raise CorruptFile(

@@ -13,7 +13,7 @@ from schemas.errors import CorruptFile, InputError, LehrError
 from schemas.fingerprint import pretty_json
 from schemas.manifest import Manifest, read_manifest
 from schemas.spec import LAYOUT_VERSION, FeatureSpec, feature_spec_from_dict
-from schemas.storage import join, list_folders, list_names, normalise, read_bytes, write_whole
+from schemas.storage import exists, join, list_folders, list_names, normalise, read_bytes, write_whole
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
@@ -149,6 +149,12 @@ class Run:
     def scoring(self, name: str) -> FeatureSpec:
         """The feature spec that scoring `name` was declared with."""
         return feature_spec_from_dict(self.manifest("scoring", check_name("scoring", name)).spec)
+
+    def keep(self, scoring: str) -> Manifest | None:
+        """What was declared to be stored of a scoring; None where its features hold their sketches."""
+        if not exists(self.path(self.manifest_path("keep", check_name("scoring", scoring)))):
+            return None
+        return self.manifest("keep", scoring)
 
     def targets(self, scoring: str) -> list[Manifest]:
         """Manifests of every target described under a scoring, by name."""

@@ -113,7 +113,10 @@ def _integrity(record: dict[str, Any]) -> Any:
     counts = {"rows": record["cost"]["rows"], "target": record["cost"]["target_rows"]}
     for kind, count in counts.items():
         if count:
-            table.add_row(kind, str(count), _number(found["largest_distance"][kind]), _number(found["limit"][kind]))
+            by = " (alignment; sketches not kept)" if kind == "rows" and record["kept"] == "scalars" else ""
+            table.add_row(
+                kind + by, str(count), _number(found["largest_distance"][kind]), _number(found["limit"][kind])
+            )
     return table
 
 

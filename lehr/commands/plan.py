@@ -66,7 +66,10 @@ class Command:
             ("bytes", size(report.bytes)),
             ("tokens, estimated", report.tokens),
             ("scoring takes", f"{duration(cost.hours * 3600)} at {self.tokens_per_second:,.0f} tokens/s"),
-            ("scoring writes", f"{size(cost.bytes)} for {cost.samples:,} samples, k = {self.k:,}"),
+            (
+                "scoring writes",
+                f"{size(cost.bytes)} for {cost.samples:,} samples, k = {self.k:,}; {size(cost.scalar_bytes)} with --keep scalars",
+            ),
         ]
         rows += [
             (what, f"{len(paths):,}: {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}")

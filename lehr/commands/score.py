@@ -7,7 +7,7 @@ import dataclasses
 import tyro
 
 from lehr.options import RunDir
-from pipelines.options import Execution, ScoringOptions
+from pipelines.options import Execution, Keep, ScoringOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class Command:
     """Name of the scoring: one model, one feature spec."""
     units: str = "1/1"
     """Score only the i-th of n fixed shares of the plan, as i/n: one array task of a cluster without Beam."""
+    keep: Keep | None = None
+    """What is stored of the features: `all`, or `scalars`, everything but the sketches, which are nine tenths of the bytes: for
+    rankings and `direct-signed`. Every target has to be described first: columns of another one would need the model again (default: what the
+    scoring was declared with, or all)."""
     features: tyro.conf.OmitArgPrefixes[ScoringOptions] = ScoringOptions()
     execution: tyro.conf.OmitArgPrefixes[Execution] = Execution()
 
@@ -42,6 +46,7 @@ class Command:
                 self.scoring,
                 self.features,
                 self.execution,
+                keep=self.keep,
                 share=parse_share(self.units),
                 attempt=attempt,
                 on_start=lambda plan, units: progress.start(sum(unit.estimated_tokens for unit in units)),

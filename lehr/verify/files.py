@@ -62,6 +62,8 @@ def _expected(manifest: Manifest, manifests: Manifests, part: Part) -> tuple[str
         spec = fingerprint(scoring.spec) if scoring else None
     if manifest.stage in ("score", "curvature"):
         inputs["unit"] = part.path.rsplit("/part-", 1)[-1].removesuffix(".parquet")
+    if "keep" in manifest.inputs and part.path.startswith("features/"):
+        inputs["keep"] = manifest.inputs["keep"]
     if manifest.stage == "curvature" and "target" in manifest.inputs:
         inputs["target"] = manifest.inputs["target"]
     if manifest.stage == "select" and "score" in manifest.inputs:

@@ -14,6 +14,7 @@ from schemas.units import PLAN_NAME
 
 _REQUIRED = {
     "target": {"scoring"},
+    "keep": {"scoring"},
     "score": {"plan", "scoring"},
     "curvature": {"score", "target"},
     "select": {"score"},
@@ -30,6 +31,8 @@ def _candidates(manifest: Manifest, kind: str, manifests: Manifests) -> list[tup
         return [("plan", PLAN_NAME)]
     if kind == "scoring":
         return [("scoring", manifest.name if manifest.stage == "score" else scoring)]
+    if kind == "keep":
+        return [("keep", manifest.name)]
     if kind == "score" and scoring:
         return [("score", scoring)]
     if kind in ("target", "curvature") and target:
@@ -66,6 +69,11 @@ def check_lineage(run: Run, manifests: Manifests) -> Iterator[Check]:
                 continue
             named = ", ".join(f"{key[0]}/{key[1]} has {found}" for key, found in present.items())
             check.fail(f"{url} was made from {kind} {value}; {named or f'no {kind} stands in this run'}")
+        for target, value in sorted(manifest.spec["targets"].items()) if stage == "keep" else ():
+            check.count += 1
+            described = manifests.get(("target", f"{target}.{name}"))
+            if described is None or described.fingerprint != value:
+                check.fail(f"{url} was declared with target {target} {value}, which does not stand in this run")
         scoring = manifests.get(("scoring", name)) if stage == "score" else None
         if scoring is not None and scoring.spec != manifest.spec:
             check.fail(f"{url} was made under another feature spec than scoring/{name} declares")

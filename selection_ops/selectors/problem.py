@@ -67,7 +67,7 @@ class Problem:
         if selector.needs_sketches and candidates.unit_NK is None:
             raise InputError(
                 f"selector {selector.name!r} reads sketches, and only scalar columns were kept; "
-                "score again with sketches, or use a ranking such as 'target-cosine'"
+                "score again with sketches under another --scoring, or use a ranking such as 'target-cosine'"
             )
         unit_NK = candidates.unit_NK
         if geometry is not None and unit_NK is not None and unit_NK.shape[1] != geometry.dimension:
@@ -148,7 +148,7 @@ class Problem:
         """Unit sketches of all candidates."""
         if self.candidates.unit_NK is None:
             raise InputError(
-                "these settings read sketches, and only scalar columns were kept; score again with sketches"
+                "these settings read sketches, and only scalar columns were kept; score again with sketches under another --scoring"
             )
         return self.candidates.unit_NK
 

@@ -122,6 +122,15 @@ def scoring_by_two(scoring: Stage) -> Stage:
 
 
 @pytest.fixture(scope="module")
+def keeping(scoring: Stage) -> Stage:
+    """Without sketches: features are written last, and curvature columns from what only the process holds."""
+    start = starter("score", "--workers", "1", "--keep", "scalars")
+    stage = undisturbed("score-scalars", start, scoring.manifest, scoring.begun, scoring.before)
+    assert stage.expected.keys() - scoring.expected.keys() == {"stages/keep/base.json"}
+    return stage
+
+
+@pytest.fixture(scope="module")
 def exporting(world: World, scoring: Stage) -> Stage:
     before = scoring.before.with_name("whole-score")
     run = Run.open(str(before))
@@ -177,6 +186,11 @@ def test_invariant_5_target_killed_at_any_time(describing: Stage, tmp_path: Path
 @pytest.mark.parametrize("seed", range(3))
 def test_invariant_5_score_killed_at_any_time(scoring: Stage, tmp_path: Path, seed: int) -> None:
     check_resumes(scoring, killed_at_random(scoring, tmp_path, seed)[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_invariant_5_score_without_sketches_killed_at_any_time(keeping: Stage, tmp_path: Path, seed: int) -> None:
+    check_resumes(keeping, killed_at_random(keeping, tmp_path, seed)[0])
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
