@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class TrainerState:
     """Journal parts written so far."""
     ended: str = ""
     """Why the training ended, empty while it goes on."""
+    averaged: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Steps that each average of the weights has taken in."""
+    average_eval_loss: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    """Held-out loss of each average at the end."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -111,11 +115,15 @@ def load_optimizer_tensors(
 
 
 def write_checkpoint(
-    folder_url: str, trainee: Trainee, optimizer: torch.optim.Optimizer | None, state: TrainerState
+    folder_url: str,
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer | None,
+    state: TrainerState,
+    beside: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> tuple[str, dict[str, tuple[int, str]]]:
     """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included.
 
-    Without an optimizer its moments are left out.
+    Without an optimizer its moments are left out. `beside` holds what writes further model folders into the checkpoint, by name.
     """
     url = join(folder_url, checkpoint_name(state.step))
     written: dict[str, tuple[int, str]] = {}
@@ -124,11 +132,12 @@ def write_checkpoint(
         write_whole(join(url, name), data)
         written[name] = (len(data), sha256(data))
 
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        trainee.save(Path(scratch))
-        for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            put(file.relative_to(scratch).as_posix(), file.read_bytes())
-            file.unlink()  # one file at a time twice on disk, not the whole model
+    for prefix, save in {"": trainee.save, **(beside or {})}.items():
+        with tempfile.TemporaryDirectory() as scratch, quiet():
+            save(Path(scratch))
+            for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+                put((Path(prefix) / file.relative_to(scratch)).as_posix(), file.read_bytes())
+                file.unlink()  # one file at a time twice on disk, not the whole model
     if optimizer is not None:
         put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(trainee.model, optimizer)))
     put(STATE_FILE, pretty_json(state))

@@ -24,6 +24,7 @@ from selection_ops.encoding import Encoded
 from selection_ops.flops import model_size
 from selection_ops.online.metrics import get_metric
 from selection_ops.optimizer_state import read_optimizer
+from trainer.averages import Averages
 from trainer.candidate import Candidate, StepResult
 from trainer.checkpoints import (
     MANIFEST_FILE,
@@ -113,6 +114,7 @@ class _Training:
             precondition=settings.precondition,  # type: ignore[arg-type]
             reference_model=ready.reference,
         )
+        self.averages = Averages(ready.trainee, ema_decay=settings.ema_decay, tail=settings.average_tail)
         self.state = TrainerState(
             step=0,
             spec=ready.spec,
@@ -122,6 +124,7 @@ class _Training:
             initial_eval_loss=None,
             eval_loss=None,
             fallbacks=0,
+            averaged=self.averages.counts,
         )
 
     def restore(self) -> None:
@@ -136,6 +139,7 @@ class _Training:
             return
         state = read_state(url)
         load_weights(self.ready.model, url)
+        self.averages.restore(url, state.averaged)
         if not state.ended:  # all that is left then is the manifest, and the moments may not have been kept
             load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url).tensors, url)
         self.ready.stream.load_state_dict(state.cursor)
@@ -163,7 +167,8 @@ class _Training:
         if not offered:
             self._end("stream")
             return None
-        rate = ready.schedule.rate(progress=self._share(), step=number)
+        share = self._share()
+        rate = ready.schedule.rate(progress=share, step=number)
         for group in ready.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(int(fingerprint(["dropout", settings.seed, number])[:15], 16))
@@ -175,6 +180,7 @@ class _Training:
             ready.stream.load_state_dict(cursor)
             self._end("token budget")
             return None
+        self.averages.update(share)
         offered_tokens = sum(item.tokens for item in offered)
         self.state = state = dataclasses.replace(
             state,
@@ -190,6 +196,8 @@ class _Training:
         evaluating = time.perf_counter()
         eval_loss = self._evaluate() if evaluated else None
         self.state = dataclasses.replace(self.state, ended=ended, eval_loss=eval_loss if evaluated else state.eval_loss)
+        if ended:
+            self._close_averages()
         ends = time.perf_counter()
         row = step_row(
             result,
@@ -238,7 +246,7 @@ class _Training:
         files = [*orjson.loads(data)["files"], _entry(MANIFEST_FILE, data)]
         parts = [Part(path=f"{relative}/{f['path']}", rows=0, bytes=f["bytes"], sha256=f["sha256"]) for f in files]
         state = self.state
-        summary = {
+        summary: dict[str, Any] = {
             "steps": state.step,
             "trained_tokens": state.trained_tokens,
             "offered_tokens": state.offered_tokens,
@@ -248,6 +256,13 @@ class _Training:
             "ended": state.ended,
             "checkpoint": relative,
         }
+        if state.averaged:
+            summary["averages"] = {
+                name: {"steps": count, "eval_loss": state.average_eval_loss.get(name), "model": f"{relative}/{name}"}
+                for name, count in state.averaged.items()
+            }
+        if self.settings.merge:
+            summary["merged"] = f"{relative}/merged"
         manifest = Manifest(
             stage="train",
             name=self.ready.name,
@@ -289,13 +304,25 @@ class _Training:
             )
         loss = self.state.eval_loss if self.settings.evaluate == "never" else self._evaluate()
         self.state = dataclasses.replace(self.state, ended=reason, eval_loss=loss)
+        self._close_averages()
         self._checkpoint()
 
+    def _close_averages(self) -> None:
+        self.averages.close()
+        if self.settings.evaluate != "never":
+            losses = self.averages.evaluate(self._evaluate)
+            self.state = dataclasses.replace(self.state, average_eval_loss=losses)
+
     def _checkpoint(self) -> None:
-        self.state = dataclasses.replace(self.state, journal=(*self.state.journal, *self.journal.cut()))
+        self.state = dataclasses.replace(
+            self.state, journal=(*self.state.journal, *self.journal.cut()), averaged=self.averages.counts
+        )
         ready = self.ready
         moments = ready.optimizer if self.settings.final_optimizer or not self.state.ended else None
-        write_checkpoint(self.checkpoints, ready.trainee, moments, self.state)
+        beside = self.averages.savers()
+        if self.settings.merge and self.state.ended:
+            beside["merged"] = ready.trainee.save_merged
+        write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside)
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
         prune_checkpoints(self.checkpoints, keep, self.state.step)
 

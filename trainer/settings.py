@@ -129,6 +129,11 @@ class TrainSettings:
     optimizer_state: str = ""
     """Optimizer state to start from: a checkpoint folder of Lehr, or an optimizer.safetensors."""
 
+    ema_decay: float = 0.0
+    """Decay of an exponential average of the weights over the steps, written and evaluated beside the final ones; 0 keeps none."""
+    average_tail: float = 0.0
+    """Share of the training, at its end, over whose steps a uniform average of the weights is taken, as that; 0 takes none."""
+
     # Evaluation and arithmetic.
 
     evaluate: Evaluate = "both"
@@ -151,6 +156,8 @@ class TrainSettings:
     final_optimizer: bool = True
     """Write the optimizer's moments into the final checkpoint too; without, it is a third of the size, and no training can
     start from its moments."""
+    merge: bool = False
+    """Write the model with its trained adapter merged in beside the final checkpoint, too."""
     device: str = ""
     """Device to train on; by default an accelerator where there is one."""
     cache_bytes: int = 256 << 20
@@ -166,6 +173,10 @@ class TrainSettings:
         for field, least in _AT_LEAST.items():
             if getattr(self, field) < least:
                 raise InputError(f"{field} must be at least {least}, not {getattr(self, field)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        if not 0 <= self.average_tail <= 1:
+            raise InputError(f"average_tail is a share of the training in [0, 1], not {self.average_tail}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         if self.lora_alpha <= 0:
@@ -240,6 +251,7 @@ EXECUTION = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "final_optimizer",
+        "merge",
         "device",
         "cache_bytes",
         "loggers",

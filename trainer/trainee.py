@@ -10,7 +10,7 @@ from schemas.errors import InputError
 from schemas.fingerprint import fingerprint
 from selection_ops.adapters import read_adapter
 from selection_ops.model import LoadedModel, causal_model, load_model, quiet, save_tokenizer
-from trainer.lora import add_lora, is_wrapped, name_base, save_adapter
+from trainer.lora import add_lora, is_wrapped, name_base, save_adapter, save_merged
 from trainer.settings import TrainSettings
 
 
@@ -36,6 +36,11 @@ class Trainee:
             self.model.save_pretrained(folder)
         self.save_tokenizer(folder)
 
+    def save_merged(self, folder: Path) -> None:
+        """The base model with the adapter added to its weights, and the tokenizer, as a folder that transformers loads."""
+        save_merged(self.model, folder)
+        self.save_tokenizer(folder)
+
     def save_tokenizer(self, folder: Path) -> None:
         """The tokenizer alone."""
         save_tokenizer(self.loaded, folder, revision=self.revision)
@@ -53,6 +58,8 @@ def load_trainee(settings: TrainSettings, *, dtype: str, attention: str, device:
             f"{settings.model} is an adapter folder: leave --lora out to go on with it, or name its base model ({adapter.base_name}) "
             "to start a fresh one"
         )
+    if settings.merge and adapter is None and not settings.lora:
+        raise InputError(f"{settings.model} is a whole model, and merge needs an adapter that is trained: leave it out")
     with quiet():
         loaded = load_model(
             settings.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import tyro
 
@@ -41,11 +42,23 @@ class Command:
                     ("held-out loss", _change(summary["initial_eval_loss"], summary["eval_loss"])),
                     ("fallbacks", summary["fallbacks"]),
                     ("model", run.path(summary["checkpoint"])),
+                    *_beside(run.url, summary),
                 ],
             )
         )
         console.print(f"Next: lehr report {self.run_dir}")
         return 0
+
+
+def _beside(url: str, summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Further models of a training: averages of its weights with their held-out losses, its adapter merged in."""
+    lines = []
+    for name, found in summary.get("averages", {}).items():
+        loss = "" if found["eval_loss"] is None else f"{found['eval_loss']:.4f} nats per token, "
+        lines.append((f"average {name}", f"{loss}{found['steps']} steps: {url}/{found['model']}"))
+    if "merged" in summary:
+        lines.append(("merged", f"{url}/{summary['merged']}"))
+    return lines
 
 
 def _change(before: float | None, after: float | None) -> str:

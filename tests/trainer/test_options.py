@@ -256,6 +256,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"policy": "full", "clip": 0.0},
         lambda a, b: {r["clip_factor"] for r in b.steps} == {1.0} and all(r["clip_factor"] < 1 for r in a.steps),
     ),
+    "ema_decay": (
+        {"policy": "full", "ema_decay": 0.5},
+        {"policy": "full", "ema_decay": 0.9},
+        lambda a, b: (
+            a.summary["eval_loss"] == b.summary["eval_loss"]
+            and a.summary["averages"]["ema"]["eval_loss"] != b.summary["averages"]["ema"]["eval_loss"]
+        ),
+    ),
+    "average_tail": (
+        {"policy": "full", "average_tail": 0.4},
+        {"policy": "full", "average_tail": 0.7},
+        lambda a, b: [x.summary["averages"]["tail"]["steps"] for x in (a, b)] == [1, 2],
+    ),
     "evaluate": (
         {"policy": "full"},
         {"policy": "full", "evaluate": "end"},
@@ -300,7 +313,7 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
     if option == "lora_targets":
         return  # an adapter elsewhere is other parameters
     assert first.weights.keys() == second.weights.keys()
-    if option not in ("evaluate", "eval_every"):
+    if option not in ("evaluate", "eval_every", "ema_decay", "average_tail"):
         different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
         assert different or first.kept() != second.kept()
 
@@ -410,6 +423,8 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"filter_score": "best"}, "decrease"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"lr": -1.0}, "lr must be at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"average_tail": 1.5}, "average_tail is a share"),
         ({"lora": -1}, "lora must be at least 0"),
         ({"lora": 2, "lora_alpha": 0.0}, "lora_alpha must be positive"),
         ({"lora": 2, "lora_dropout": 1.0}, "lora_dropout must lie in"),
