@@ -133,6 +133,12 @@ class GradientEngine:
         """Their names."""
         return tuple(found.name for found in self._sites)
 
+    @property
+    def sketch_size(self) -> int:
+        """Numbers in a sketch."""
+        small = sum(site.size for site in self.small_sites)
+        return self._spec.k or len(self._sites) * self._rank**2 + small
+
     def _make_projections(self) -> None:
         """Projections where the parameters are, in their arithmetic; made again only when the model has moved."""
         parameter = next(self.model.parameters())

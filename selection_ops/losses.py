@@ -189,11 +189,13 @@ class HeadRoute:
     """How a model turns hidden states into logits: by its head alone, or in a way only the whole model knows.
 
     Found on four tokens at construction: where head(base model) is not what the model returns (softcapping, scaling), whole
-    logits are taken from the model, at the price of memory.
+    logits are taken from the model, at the price of memory. `enter(call, *arguments)` is how the model is entered: a call, unless
+    whoever spreads it over processes puts another in its place.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model = causal_model(model)
+        self.enter: Callable[..., Any] = _call
         head = model.get_output_embeddings()
         base = model.base_model
         self.head: nn.Linear | None = None
@@ -207,6 +209,15 @@ class HeadRoute:
 
         `watch` sees what the head does, chunk by chunk; where whole logits are formed it is not called.
         """
+        loss_B: torch.Tensor = self.enter(self._sample_losses, batch, watch)
+        return loss_B
+
+    def weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of w_i l_i with gradients to every parameter, sums of token losses l_i [B] without any), as `sample_losses`."""
+        total, loss_B = self.enter(self._weighted_loss, batch, weight_B)
+        return total, loss_B
+
+    def _sample_losses(self, batch: Batch, watch: Watch | None) -> torch.Tensor:
         mask_BT, labels_T = _labels(batch)
         if self.head is None:
             losses_T = self._whole(batch)
@@ -215,8 +226,7 @@ class HeadRoute:
             losses_T = _FrozenHeadLoss.apply(hidden_TI, self.head.weight, self.head.bias, labels_T, watch)
         return _sum_by_sample(losses_T, mask_BT, batch)
 
-    def weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of w_i l_i with gradients to every parameter, sums of token losses l_i [B] without any), as `sample_losses`."""
+    def _weighted_loss(self, batch: Batch, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask_BT, labels_T = _labels(batch)
         weight_T = weight_B[batch.sample_of_loss()]
         if self.head is None:
@@ -236,6 +246,10 @@ class HeadRoute:
         logits_TV = self.model(**_inputs(batch)).logits[:, :-1][batch.loss_BT[:, 1:]]
         labels_T = _labels(batch)[1]
         return nn.functional.cross_entropy(logits_TV.to(_wide(logits_TV.dtype)), labels_T, reduction="none")
+
+
+def _call(call: Callable[..., Any], *arguments: Any) -> Any:
+    return call(*arguments)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

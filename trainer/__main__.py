@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=os.environ.get("LEHR_LOG", "WARNING").upper(), format="%(levelname)s %(name)s: %(message)s"
     )
     quiet_clients()
+    process = int(os.environ.get("RANK", "0"))
     try:
         command = tyro.cli(Command, args=argv, prog="python -m trainer")
         from schemas.run import Run
@@ -38,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         summary = train(Run.open(command.run_dir), command.settings)
     except LehrError as error:
-        sys.stderr.write(f"trainer: {error}\n")
+        who = f"trainer, process {process} of {os.environ.get('WORLD_SIZE')}" if process else "trainer"
+        sys.stderr.write(f"{who}: {error}\n")
         return 2
-    sys.stdout.write(f"done: {summary['steps']} steps, held-out loss {summary['eval_loss']}\n")
+    if not process:
+        sys.stdout.write(f"done: {summary['steps']} steps, held-out loss {summary['eval_loss']}\n")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The journal: what every step did and why, as Parquet parts cut at checkpoints.
 
-`steps` and `decisions` are the same bytes in an undisturbed and in a resumed run; seconds and hosts stand in `timings`.
+`steps` and `decisions` are the same bytes in an undisturbed and in a resumed run; seconds and hosts stand in `timings`, of every process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from schemas.parquet import Footer, Part, rows_to_table, write_table
 from schemas.run import Run
 from schemas.storage import join, list_names, remove
 from trainer.candidate import Candidate, StepResult
+from trainer.parallel import OneProcess
 
 TABLES = ("steps", "decisions", "timings")
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
@@ -25,10 +26,10 @@ def part_name(first: int, last: int) -> str:
 
 
 class Journal:
-    """Rows of the steps since the last cut; `cut` writes them."""
+    """Rows of the steps since the last cut; `cut` writes them. Every process records and cuts, process 0 writes what is written."""
 
-    def __init__(self, run: Run, training: str, *, spec: str, stream: str) -> None:
-        self._run = run
+    def __init__(self, run: Run, training: str, *, spec: str, stream: str, processes: OneProcess | None = None) -> None:
+        self._run, self._processes = run, processes or OneProcess()
         self._folder = run.training_folder(training)
         self._spec = spec
         self._inputs = {"stream": stream}
@@ -42,10 +43,18 @@ class Journal:
         number = step["step"]
         self._rows["steps"].append(dict(step))
         self._rows["decisions"] += [{"step": number, **decision} for decision in decisions]
-        self._rows["timings"].append({"step": number, "host": self._host, "process": 0, **timings})
+        self._rows["timings"].append({"step": number, "host": self._host, "process": self._processes.index, **timings})
 
     def cut(self) -> tuple[Part, ...]:
         """Write what was taken in since the last cut; returns the parts that are results (not the timings)."""
+        timings = [row for rows in self._processes.every(self._rows["timings"]) for row in rows]
+        self._rows["timings"] = sorted(timings, key=lambda row: (row["step"], row["process"]))
+        parts = self._processes.decide(self._write, kinds=(Part,))
+        for rows in self._rows.values():
+            rows.clear()
+        return parts
+
+    def _write(self) -> tuple[Part, ...]:
         steps = self._rows["steps"]
         if not steps:
             return ()
@@ -56,11 +65,10 @@ class Journal:
             parts[table] = write_table(
                 self._run.url, f"{self._folder}/{table}/{name}", rows_to_table(table, rows), footer
             )
-            rows.clear()
         return parts["steps"], parts["decisions"]
 
     def discard_after(self, step: int) -> None:
-        """Delete parts that reach beyond `step`: no checkpoint vouches for them and the steps are taken again."""
+        """Delete parts that reach beyond `step`: no checkpoint vouches for them and the steps are taken again. Process 0's business."""
         for table in TABLES:
             folder = self._run.path(f"{self._folder}/{table}")
             for name in list_names(folder, ".parquet"):

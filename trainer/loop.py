@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import orjson
 import torch
 
-from schemas.errors import CorruptFile, InputError, LehrError
+from schemas.errors import CorruptFile, InputError
 from schemas.fingerprint import fingerprint
 from schemas.manifest import Manifest, write_manifest
 from schemas.parquet import Part
@@ -25,6 +24,7 @@ from selection_ops.flops import model_size
 from selection_ops.online.metrics import get_metric
 from selection_ops.optimizer_state import read_optimizer
 from trainer.averages import Averages
+from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
 from trainer.checkpoints import (
     MANIFEST_FILE,
@@ -40,6 +40,7 @@ from trainer.evaluation import evaluate
 from trainer.journal import Journal, decision_rows, step_row
 from trainer.loggers import Begun, LoggerType, Progress, get_logger
 from trainer.measures import StepFlops, measured_peak, peak_memory, step_flops
+from trainer.parallel import OneProcess, join_processes, local_device
 from trainer.prepare import Prepared, candidate, prepare
 from trainer.settings import TrainSettings
 from trainer.step import OnlineStep
@@ -59,19 +60,25 @@ def train(
     """Train as `settings` say, or go on with the training of that name; returns the manifest's summary.
 
     `progress` is told of every step, as the loggers of the settings are; `console` takes the place of the one called console.
-    Raises `InputError` where a training of the same name was made with another spec, naming what differs, and for an unknown
-    logger.
+    Under torchrun all of its processes train together, and process 0 tells. Raises `InputError` where a training of the same name was
+    made with another spec, naming what differs, and for an unknown logger; `LehrError` where another process is gone.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise LehrError(
-            f"WORLD_SIZE is {world}: data parallel training is not supported in this version; start one process"
-        )
     chosen = [console if console and name == "console" else get_logger(name) for name in settings.loggers]
-    ready = prepare(run, settings)
-    if isinstance(ready, Manifest):
-        return ready.summary
-    training = _Training(run, settings, ready, attempt)
+    processes = join_processes(local_device(settings.device), settings.process_timeout)
+    with processes.together():
+        ready = prepare(run, settings, processes)
+        if isinstance(ready, Manifest):
+            summary = ready.summary
+        else:
+            training = _Training(run, settings, ready, attempt, processes)
+            summary = _to_the_end(training, chosen if processes.leads else [], progress)
+    processes.close()
+    return summary
+
+
+def _to_the_end(
+    training: _Training, chosen: Sequence[LoggerType], progress: Callable[[Progress], None]
+) -> dict[str, Any]:
     training.restore()
     with contextlib.ExitStack() as open_ones:
         loggers = []
@@ -80,7 +87,7 @@ def train(
             open_ones.callback(loggers[-1].close)
         while not training.state.ended:
             event = training.advance()
-            if event is not None:
+            if event is not None and training.processes.leads:
                 for told in (*(logger.step for logger in loggers), progress):
                     told(event)
     return training.finish()
@@ -89,11 +96,17 @@ def train(
 class _Training:
     """One training in progress: everything between two checkpoints lives here."""
 
-    def __init__(self, run: Run, settings: TrainSettings, ready: Prepared, attempt: str) -> None:
-        self.run, self.settings, self.ready = run, settings, ready
+    def __init__(self, run: Run, settings: TrainSettings, ready: Prepared, attempt: str, processes: OneProcess) -> None:
+        self.run, self.settings, self.ready, self.processes = run, settings, ready, processes
         self.folder = run.training_folder(ready.name)
         self.checkpoints = run.path(f"{self.folder}/checkpoints")
-        self.journal = Journal(run, ready.name, spec=fingerprint(ready.spec), stream=ready.stream.index.fingerprint)
+        self.journal = Journal(
+            run,
+            ready.name,
+            spec=fingerprint(ready.spec),
+            stream=ready.stream.index.fingerprint,
+            processes=processes,
+        )
         self.heart = HeartbeatWriter(run, "train", ready.name, attempt=attempt)
         self.size = model_size(ready.model)
         self.device = next(ready.model.parameters()).device
@@ -113,6 +126,13 @@ class _Training:
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
             reference_model=ready.reference,
+            processes=processes,
+        )
+        self.evaluated = StepBatches(
+            batch_tokens=settings.batch_tokens,
+            dtype=ready.dtype,
+            device=next(ready.model.parameters()).device,
+            processes=processes,
         )
         self.averages = Averages(ready.trainee, ema_decay=settings.ema_decay, tail=settings.average_tail)
         self.state = TrainerState(
@@ -129,10 +149,8 @@ class _Training:
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, or evaluate the untouched model and start."""
-        sweep_temporary(self.run.path(self.folder))
-        url = latest_checkpoint(self.checkpoints)
+        url = self.processes.decide(self._newest)
         if url is None:
-            self.journal.discard_after(0)
             if self.settings.evaluate == "both":
                 loss = self._evaluate()
                 self.state = dataclasses.replace(self.state, initial_eval_loss=loss, eval_loss=loss)
@@ -144,9 +162,15 @@ class _Training:
             load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url).tensors, url)
         self.ready.stream.load_state_dict(state.cursor)
         self.online.steps_taken = state.step
-        self.journal.discard_after(state.step)
         self.state = state
         log.info("training %s goes on after step %d", self.ready.name, state.step)
+
+    def _newest(self) -> str | None:
+        """URL of the newest whole checkpoint, if there is one; what was written after it is deleted."""
+        sweep_temporary(self.run.path(self.folder))
+        url = latest_checkpoint(self.checkpoints)
+        self.journal.discard_after(read_state(url).step if url else 0)
+        return url
 
     def begun(self) -> Begun:
         """What loggers are told."""
@@ -171,7 +195,9 @@ class _Training:
         rate = ready.schedule.rate(progress=share, step=number)
         for group in ready.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(int(fingerprint(["dropout", settings.seed, number])[:15], 16))
+        # Every process has dropout of its own; process 0 has that of a training in one process.
+        drawn = ["dropout", settings.seed, number, *([self.processes.index] if self.processes.index else [])]
+        torch.manual_seed(int(fingerprint(drawn)[:15], 16))
         limit = settings.token_budget - state.trained_tokens if settings.token_budget else None
         target = self._target_batch(number)
         result = self.online.step(offered, target, token_limit=limit)
@@ -217,11 +243,12 @@ class _Training:
             "evaluation_seconds": ends - evaluating,
             "flops": flops.total,
             "selection_flops": flops.selection,
-            "mfu": flops.total / (evaluating - wall) / self.peak_flops,
+            "mfu": flops.total / (evaluating - wall) / (self.peak_flops * self.processes.count),
             "peak_memory": peak_memory(self.device),
         }
         self.journal.record(row, decision_rows(result, offered), timing)
-        self.heart.tokens(result.trained_tokens)
+        if self.processes.leads:
+            self.heart.tokens(result.trained_tokens)
         if ended or number % settings.checkpoint_every == 0:
             self._checkpoint()
         return Progress(share=1.0 if ended else self._share(), row=row, timing=timing)
@@ -238,6 +265,9 @@ class _Training:
 
     def finish(self) -> dict[str, Any]:
         """Write the stage manifest over journal and final checkpoint; returns its summary."""
+        return self.processes.decide(self._finish)
+
+    def _finish(self) -> dict[str, Any]:
         url = latest_checkpoint(self.checkpoints)
         if url is None:
             raise CorruptFile(f"{self.checkpoints} holds no whole checkpoint; run the same command again")
@@ -322,12 +352,16 @@ class _Training:
         beside = self.averages.savers()
         if self.settings.merge and self.state.ended:
             beside["merged"] = ready.trainee.save_merged
-        write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside)
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
-        prune_checkpoints(self.checkpoints, keep, self.state.step)
+
+        def write() -> None:
+            write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside)
+            prune_checkpoints(self.checkpoints, keep, self.state.step)
+
+        self.processes.decide(write)
 
     def _evaluate(self) -> float | None:
-        return evaluate(self.ready.model, self.ready.evaluation, self.settings.batch_tokens, self.ready.dtype)
+        return evaluate(self.online.route, self.ready.evaluation, self.evaluated, self.processes)
 
     def _target_batch(self, number: int) -> list[Encoded]:
         target = self.ready.target

@@ -26,6 +26,7 @@ from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
 from trainer.modes import Mode, choose_mode
+from trainer.parallel import OneProcess, local_device
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.stream import Offered, RankedStream, read_beside, stream_url
@@ -74,13 +75,15 @@ def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
     )
 
 
-def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
+def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = None) -> Prepared | Manifest:
     """A training ready to go, or the manifest of the training of that name and spec where it has already finished.
 
+    Every process prepares for itself; process 0 declares the spec first, and the others compare theirs with it.
     Raises `InputError` for a stream cut with another tokenizer, a name that stands for another spec, a target that a
     policy needs and the stream lacks, an unusable model or optimizer state.
     """
     resolved = resolve_options(settings.policy, settings.policy_options())
+    processes = processes or OneProcess()
     policy = make_policy(settings.policy, settings.policy_options())
     if not settings.model:
         raise InputError("name the model to train with --model")
@@ -104,7 +107,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             f"the stream at {stream.url} was cut with a tokenizer of fingerprint {index.tokenizer}; that of {settings.model} has "
             f"{found}. Lengths and budgets would not hold: train the model the corpus was scored for, or export again for this one"
         )
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
     attention = settings.attention or choose_attention(settings.model, device, dtype, revision=revision)
     trainee = load_trainee(settings, dtype=dtype, attention=attention, device=device)
@@ -131,6 +134,7 @@ def prepare(run: Run, settings: TrainSettings) -> Prepared | Manifest:
             schedule_from=norms,
         )
     )
+    processes.decide(lambda: declare(run, name, spec))
     declare(run, name, spec)
     manifest_path = run.path(run.manifest_path("train", name))
     if exists(manifest_path):

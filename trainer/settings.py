@@ -160,6 +160,8 @@ class TrainSettings:
     """Write the model with its trained adapter merged in beside the final checkpoint, too."""
     device: str = ""
     """Device to train on; by default an accelerator where there is one."""
+    process_timeout: int = 1800
+    """Seconds that one of several processes waits for the others, at most; longer than a checkpoint takes to be written."""
     cache_bytes: int = 256 << 20
     """Memory for shards of the stream; a larger stream is read sample by sample."""
     loggers: tuple[str, ...] = ()
@@ -253,6 +255,7 @@ EXECUTION = frozenset(
         "final_optimizer",
         "merge",
         "device",
+        "process_timeout",
         "cache_bytes",
         "loggers",
         "peak_flops",
@@ -279,6 +282,7 @@ _AT_LEAST = {
     "batch_tokens": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "process_timeout": 1,
     "cache_bytes": 0,
     "peak_flops": 0,
 }

@@ -3,6 +3,8 @@
 Three modes. `plain` (policies that need no sketches): one forward and backward over the kept. `two-pass`: the target's gradient
 and the candidates' sketches with the live weights, then the choice, then an ordinary weighted backward over the kept. `one-pass`: the
 same, but the weighted gradient is formed from the factors that the candidates' backward had (`selection_ops/held.py`).
+With several processes each computes losses and sketches of its share of the candidates, process 0 decides, each forms the gradient of its
+share of the kept with the normaliser of all, and the sums are clipped and stepped everywhere (`trainer/parallel.py`).
 Legend: N candidates, S kept, M target samples, K sketch dimension.
 """
 
@@ -23,7 +25,7 @@ from selection_ops.engine import GradientEngine
 from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
-from selection_ops.online.metrics import Geometry, geometry, get_metric
+from selection_ops.online.metrics import Diagnostics, Geometry, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy, resolve_options
 from selection_ops.online.weights import effective_sample_size, normalise
@@ -32,6 +34,7 @@ from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
 from trainer.live_optimizer import LiveOptimizer
 from trainer.modes import Mode, require_one_pass
+from trainer.parallel import OneProcess
 from trainer.target_direction import TargetPass
 
 _DEFAULTS = PolicyOptions()
@@ -61,8 +64,10 @@ class OnlineStep:
         mode: Mode = "two-pass",
         precondition: PreconditionForm = "exact",
         reference_model: Any = None,
+        processes: OneProcess | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
+        self._processes = processes = processes or OneProcess()
         if isinstance(policy, str):
             options = resolve_options(policy, options)
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
@@ -77,8 +82,8 @@ class OnlineStep:
         self._selection_weights = selection_weights
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
-        self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device)
-        self._route = HeadRoute(model)
+        self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes)
+        self.route = HeadRoute(model)
         self._mode, self._precondition = mode, precondition
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
@@ -100,6 +105,7 @@ class OnlineStep:
             self._target = TargetPass(
                 model, self._engine, self.metric, LiveOptimizer(optimizer, self.metric.name),
                 precondition=precondition, warmup_select=warmup_select, proj_rank=proj_rank, seed=seed,
+                processes=processes,
             )  # fmt: skip
 
     def step(
@@ -107,6 +113,7 @@ class OnlineStep:
     ) -> StepResult:
         """Choose among `candidates`, against `target` where the policy looks at it, and take one optimizer step.
 
+        Every process is given the same candidates and target. Figures of the choice (geometry) stand in the result of process 0.
         Nothing is stepped where nothing is kept (a token limit can do that). Raises `LehrError` naming step and samples
         where a loss or gradient is not finite; the parameters are then untouched.
         """
@@ -127,30 +134,35 @@ class OnlineStep:
             norm_N = sketch_NK.double().norm(dim=1).tolist()
             if wanted is not None:
                 target_loss = wanted.loss
-                space = geometry(wanted.metric, sketch_NK, wanted.direction_K)
+                if self._processes.leads:
+                    space = geometry(wanted.metric, sketch_NK, wanted.direction_K)
         elif self.policy.needs_losses:
-            loss_N = self._losses(self._route, candidates)
+            loss_N = self._losses(self.route, candidates)
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
             if bad:
                 raise LehrError(_not_finite(number, "loss", bad))
         if self._reference is not None:
             reference_N = self._losses(self._reference, candidates)
-        decision = self.policy.choose(
-            Candidates(
-                step=number,
-                seed=self._seed,
-                sample_ids=[item.sample_id for item in candidates],
-                tokens_N=[item.tokens for item in candidates],
-                token_limit=token_limit,
-                geometry=space,
-                loss_tokens_N=[item.loss_tokens for item in candidates],
-                loss_N=loss_N,
-                reference_loss_N=reference_N,
-                norm_N=norm_N,
+
+        def choose() -> tuple[Decision, Tensor]:
+            decision = self.policy.choose(
+                Candidates(
+                    step=number,
+                    seed=self._seed,
+                    sample_ids=[item.sample_id for item in candidates],
+                    tokens_N=[item.tokens for item in candidates],
+                    token_limit=token_limit,
+                    geometry=space,
+                    loss_tokens_N=[item.loss_tokens for item in candidates],
+                    loss_N=loss_N,
+                    reference_loss_N=reference_N,
+                    norm_N=norm_N,
+                )
             )
-        )
+            return decision, self._final_weights(candidates, decision)
+
+        decision, weight_S = self._processes.decide(choose, kinds=(Decision, Diagnostics))
         selecting = time.perf_counter() - started
-        weight_S = self._final_weights(candidates, decision)
         kept = [candidates[index] for index in decision.kept]
         weight_N = [0.0] * len(candidates)
         for index, weight in zip(decision.kept, weight_S.tolist()):
@@ -158,12 +170,13 @@ class OnlineStep:
         loss = grad_norm = grad_norm_l1 = float("nan")
         clip_factor = 1.0
         if kept:
-            if self._held:
+            if self._engine is not None and self._mode == "one-pass":
                 loss = self._form(candidates, weight_N, loss_N, number)
             else:
                 loss, kept_loss_S = self._backward(kept, weight_S, number)
                 for index, value in zip(decision.kept, kept_loss_S):
                     loss_N[index] = value if loss_N[index] is None else loss_N[index]
+            self._processes.sum_gradients(self._parameters)
             grad_norm, grad_norm_l1, clip_factor = self._clip_gradients(kept, number)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -174,7 +187,7 @@ class OnlineStep:
             decision=decision,
             weight_N=tuple(weight_N),
             mode=self._mode if self._engine is not None else "plain",
-            metric=space.metric if space else "",
+            metric=wanted.metric if wanted is not None else "",
             loss=loss,
             target_loss=target_loss,
             sample_loss_N=tuple(loss_N),
@@ -199,45 +212,41 @@ class OnlineStep:
 
     def _losses(self, route: HeadRoute, candidates: Sequence[Candidate]) -> list[float | None]:
         """Losses of the candidates under a model, sums over their loss tokens, by a forward pass without dropout."""
-        loss_N: list[float | None] = [None] * len(candidates)
+        loss_N = torch.zeros(len(candidates), dtype=torch.float64)
         route.model.eval()
         with torch.no_grad():
             for indices, batch in self._batches([item.encoded for item in candidates]):
                 with self._batches.arithmetic():
                     loss_B = route.sample_losses(batch)
-                for index, value in zip(indices, loss_B.tolist()):
-                    loss_N[index] = value
-        return loss_N
+                loss_N[indices] = loss_B[: len(indices)].double().cpu()
+        return list(self._processes.sum(loss_N).tolist())
 
     def _sketches(
         self, engine: GradientEngine, candidates: Sequence[Candidate], number: int
     ) -> tuple[Tensor, list[float | None]]:
         """Sketches [N, K] of the candidates under the live weights, and their losses, in the order given."""
-        rows: dict[int, Tensor] = {}
-        loss_N: list[float | None] = [None] * len(candidates)
+        wide = torch.float64 if self._parameters[0].dtype == torch.float64 else torch.float32
+        sketch_NK = torch.zeros(len(candidates), engine.sketch_size, dtype=wide, device=self._device)
+        loss_N = torch.zeros(len(candidates), dtype=torch.float64)
         with engine:
             for indices, batch in self._batches([item.encoded for item in candidates]):
                 with self._batches.arithmetic():
                     found = engine.features(batch)
                 if found.held is not None:
                     self._held.append((indices, found.held))
-                for place, index in enumerate(indices):
-                    rows[index] = found.sketch_BK[place]
-                    loss_N[index] = float(found.loss_B[place])
-        sketch_NK = torch.stack([rows[index] for index in range(len(candidates))])
-        bad = [
-            item
-            for item, loss, row in zip(candidates, loss_N, sketch_NK)
-            if not (math.isfinite(loss or 0.0) and bool(torch.isfinite(row).all()))
-        ]
+                sketch_NK[indices] = found.sketch_BK[: len(indices)]
+                loss_N[indices] = found.loss_B[: len(indices)].double().cpu()
+        sketch_NK, loss_N = self._processes.sum(sketch_NK), self._processes.sum(loss_N)
+        finite_N = torch.isfinite(loss_N) & torch.isfinite(sketch_NK).all(1).cpu()
+        bad = [item for item, finite in zip(candidates, finite_N.tolist()) if not finite]
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
-        return sketch_NK, loss_N
+        return sketch_NK, list(loss_N.tolist())
 
     def _form(
         self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int
     ) -> float:
-        """The gradient of the step loss sum w l / sum |w| n from held factors, into the parameters' `grad`; returns that loss."""
+        """The gradient of the step loss sum w l / sum |w| n from the factors held here, into the parameters' `grad`; returns that loss."""
         normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weight_N, candidates))
         if normaliser <= 0:
             kept = [item for item, weight in zip(candidates, weight_N) if weight]
@@ -255,30 +264,30 @@ class OnlineStep:
         return sum(weight * (loss or 0.0) for weight, loss in zip(weight_N, loss_N) if weight) / normaliser
 
     def _backward(self, items: Sequence[Candidate], weight_S: Tensor, number: int) -> tuple[float, list[float]]:
-        """Gradient of the step loss sum w l / sum |w| n over all of `items`, accumulated over batches of bounded tokens.
+        """Gradient of the step loss sum w l / sum |w| n, from this process's share of `items`, accumulated over batches of bounded tokens.
 
-        Returns the step loss and every item's loss (a sum over its tokens).
+        Returns the step loss and every item's loss (a sum over its tokens), of all shares.
         """
         self.optimizer.zero_grad(set_to_none=True)
         weights = weight_S.tolist()
         normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weights, items))
         if normaliser <= 0:
             raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(items)}")
-        total, loss_S = 0.0, [0.0] * len(items)
+        loss_S = torch.zeros(len(items), dtype=torch.float64)
         self.model.train()
         for indices, batch in self._batches([item.encoded for item in items]):
-            share_B = torch.tensor([weights[index] / normaliser for index in indices], dtype=torch.float64)
+            share_B = torch.zeros(batch.samples, dtype=torch.float64)
+            share_B[: len(indices)] = torch.tensor([weights[i] / normaliser for i in indices], dtype=torch.float64)
             with self._batches.arithmetic():
-                loss, loss_B = self._route.weighted_loss(batch, share_B.to(self._device))
-            for index, value in zip(indices, loss_B.tolist()):
-                loss_S[index] = value
-            bad = [items[index] for index in indices if not math.isfinite(loss_S[index])]
-            if bad:
-                self.optimizer.zero_grad(set_to_none=True)
-                raise LehrError(_not_finite(number, "loss", bad))
+                loss, loss_B = self.route.weighted_loss(batch, share_B.to(self._device))
+            loss_S[indices] = loss_B[: len(indices)].double().cpu()
             loss.backward()
-            total += float(loss.detach())
-        return total, loss_S
+        losses = self._processes.sum(loss_S).tolist()
+        bad = [item for item, value in zip(items, losses) if not math.isfinite(value)]
+        if bad:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise LehrError(_not_finite(number, "loss", bad))
+        return sum(weight * value for weight, value in zip(weights, losses)) / normaliser, losses
 
     def _clip_gradients(self, kept: Sequence[Candidate], number: int) -> tuple[float, float, float]:
         """Clip by the L2 norm; returns that and the L1 norm, both before, and the factor."""

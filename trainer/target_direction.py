@@ -24,6 +24,7 @@ from selection_ops.preconditioning import Preconditioner, fit_rank_one
 from selection_ops.sites import MatrixParameter
 from trainer.batches import StepBatches
 from trainer.live_optimizer import LiveOptimizer
+from trainer.parallel import OneProcess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ class TargetPass:
         warmup_select: int,
         proj_rank: int,
         seed: int,
+        processes: OneProcess,
     ) -> None:
+        self._processes = processes
         self._model, self._engine, self._metric, self._live = model, engine, metric, live
         self._warmup_select = warmup_select
         self._route = HeadRoute(model)
@@ -74,6 +77,9 @@ class TargetPass:
             direction_K, loss = self._sketched(self._sketching, acting, target, batches)
         else:
             direction_K, loss = self._dense(acting, target, batches)
+        # Preconditioning and projecting are linear: the sketch of a sum is the sum of the processes' sketches.
+        direction_K = self._processes.sum(direction_K)
+        loss = float(self._processes.sum(torch.tensor(loss, dtype=torch.float64)))
         if not math.isfinite(loss):
             raise LehrError(f"step {number}: the loss of the target batch is {loss}; nothing was updated")
         return TargetDirection(metric=acting.name, direction_K=direction_K, loss=loss)
@@ -103,13 +109,16 @@ class TargetPass:
     ) -> tuple[Tensor, float]:
         """Through the rank-one fit of the preconditioner: no gradient of the target is formed."""
         engine.precondition(self._fit(metric))
-        tokens, total, direction_K = sum(sum(item.loss_mask) for item in target), 0.0, torch.zeros(())
+        tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
+        weight = next(iter(self._weights.values()))
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        direction_K = torch.zeros(engine.sketch_size, dtype=wide, device=weight.device)
         with engine:
-            for _, batch in batches(target):
+            for places, batch in batches(target):
                 with batches.arithmetic():
                     found = engine.features(batch)
-                direction_K = direction_K.to(found.sketch_BK) + found.sketch_BK.sum(0) / tokens
-                total += float(found.loss_B.sum()) / tokens
+                direction_K += found.sketch_BK[: len(places)].sum(0) / tokens
+                total += float(found.loss_B[: len(places)].sum()) / tokens
         return direction_K, total
 
     def _fit(self, metric: Metric) -> Preconditioner:

@@ -61,25 +61,21 @@ def test_errors_are_one_line_with_status_2(world: tuple[Run, Path], capsys: pyte
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_processes_says_that_it_cannot(world: tuple[Run, Path]) -> None:
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_torchrun_trains_in_any_number_of_processes(world: tuple[Run, Path], count: int) -> None:
+    """Real processes of torchrun: what one says, once, and the loss of a training in one process."""
     run, model = world
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainer"]
-    done = subprocess.run(
-        [*command, *arguments(run, model, "two")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    assert "data parallel training is not supported in this version" in done.stderr
-
-
-@pytest.mark.slow
-def test_torchrun_with_one_process_trains(world: tuple[Run, Path]) -> None:
-    run, model = world
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "trainer"]
-    done = subprocess.run(
-        [*command, *arguments(run, model, "one")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "trainer"]
+    chosen = arguments(run, model, f"torchrun-{count}")
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert run.manifest("train", "one").summary["steps"] == 2
+    assert done.stdout.count("step 1 (50%)") == done.stdout.count("done: 2 steps") == 1
+    assert module_main(arguments(run, model, f"alone-{count}")) == 0
+    alone = run.manifest("train", f"alone-{count}")
+    found = run.manifest("train", f"torchrun-{count}")
+    assert found.spec == alone.spec
+    assert found.summary["trained_tokens"] == alone.summary["trained_tokens"]
+    assert found.summary["eval_loss"] == pytest.approx(alone.summary["eval_loss"], rel=1e-5)
 
 
 def test_the_loop_of_the_documentation_runs(world: tuple[Run, Path]) -> None:

@@ -411,10 +411,14 @@ def test_a_model_that_produces_nan_is_a_named_error(world: tuple[Run, Path], tmp
         assert not Path(run.path(run.manifest_path("train", f"nan-{policy}"))).exists()
 
 
-def test_data_parallel_is_refused_clearly(world: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_of_several_processes_that_is_not_whole_is_refused(
+    world: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, folder = world
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(LehrError, match="data parallel training is not supported in this version"):
+    with pytest.raises(
+        InputError, match="WORLD_SIZE is 2, and RANK, MASTER_ADDR, MASTER_PORT is not set: start with torchrun"
+    ):
         train(run, settings(folder, "parallel"))
 
 
