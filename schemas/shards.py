@@ -173,16 +173,36 @@ def read_index(url: str) -> StreamIndex:
     return index
 
 
-def read_shard(url: str, entry: ShardEntry) -> Iterator[RankedSample]:
-    """Every sample of a shard, in rank order, after its hash was checked against the index."""
-    where = f"{url}/{entry.name}"
-    try:
-        body = read_bytes(where)
-    except FileNotFoundError as error:
-        raise CorruptFile(f"{where} is listed in the index but missing; run `lehr export` again") from error
+def missing_shard(where: str, index: StreamIndex | None = None) -> CorruptFile:
+    """The error of a shard that does not stand where its index says."""
+    whose = f"generation {index.generation} of stream {index.stream!r}" if index is not None else "the stream"
+    return CorruptFile(
+        f"{where} is listed in the index but missing: {whose} no longer stands whole. Run `lehr export` again, or choose another "
+        "generation with --generation"
+    )
+
+
+def check_shard(body: bytes, entry: ShardEntry, where: str) -> bytes:
+    """The bytes of a shard if they are those that the index lists; raises `CorruptFile` otherwise."""
     if sha256(body) != entry.sha256:
         raise CorruptFile(
             f"{where} differs from the index ({len(body)} bytes, {entry.bytes} listed); it is truncated or damaged. Run `lehr export` again"
         )
+    return body
+
+
+def decode_shard(body: bytes, entry: ShardEntry, where: str) -> Iterator[RankedSample]:
+    """Every sample of a whole shard, in rank order, after its hash was checked."""
+    check_shard(body, entry, where)
     for number, (offset, size) in enumerate(entry.offsets):
         yield decode_record(body[offset : offset + size], f"{where} member {number}")
+
+
+def read_shard(url: str, entry: ShardEntry) -> Iterator[RankedSample]:
+    """Every sample of the shard in folder `url`, in rank order, after its hash was checked against the index."""
+    where = f"{url}/{entry.name}"
+    try:
+        body = read_bytes(where)
+    except FileNotFoundError as error:
+        raise missing_shard(where) from error
+    yield from decode_shard(body, entry, where)

@@ -6,52 +6,52 @@ The order is a pure function of (seed, rows, epoch): position -> rank. A cursor 
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import IterableDataset
 
-from schemas.errors import CorruptFile, InputError
-from schemas.ids import content_id
-from schemas.shards import RankedSample, ShardEntry, StreamIndex, decode_record, read_index, read_shard
-from schemas.storage import client_errors, filesystem, join
+from schemas.disk_cache import DiskCache
+from schemas.errors import InputError
+from schemas.patience import Patience
+from schemas.shards import RankedSample, StreamIndex, read_index, read_shard
+from schemas.storage import join
+from trainer.order import shuffled_ranks
+from trainer.positioned import Offered, Positioned
+from trainer.reader import ShardReader
+
+__all__ = ["Offered", "RankedStream", "StreamReading", "read_beside", "shuffled_ranks", "stream_url"]
 
 _BESIDE = {"target": "target", "evaluation": "eval"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Offered:
-    """A sample at its position in the order of the stream, from 0; positions run on over epochs."""
+class StreamReading:
+    """How a stream is read; nothing of it changes what is read."""
 
-    position: int
-    ranked: RankedSample
-
-
-def _mix(value_N: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection of 64-bit numbers, equal on every machine and in every numpy."""
-    value_N = (value_N ^ (value_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value_N = (value_N ^ (value_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value_N ^ (value_N >> np.uint64(31))
-
-
-def shuffled_ranks(seed: int, rows: int, epoch: int) -> np.ndarray:
-    """Permutation of 0..rows-1: the order of one epoch, int64, a pure function of its arguments."""
-    with np.errstate(over="ignore"):
-        start = _mix(np.array([seed & (2**64 - 1)], np.uint64))
-        start = _mix(start + np.uint64(epoch) * np.uint64(0x9E3779B97F4A7C15))
-        keys_N = _mix(start + np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return np.argsort(keys_N, kind="stable")
+    cache_bytes: int = 256 << 20
+    """Memory for whole shards. A stream of at most this size is read in whole shards whose SHA-256 is checked, a larger one sample
+    by sample, by ranges whose content hash is checked."""
+    cache_dir: str = ""
+    """Folder on a local disk in which shards are kept, shared by any number of processes; empty keeps none."""
+    cache_disk_bytes: int = 16 << 30
+    """Bound of that folder; the least recently used shards go first."""
+    read_attempts: int = 4
+    """Tries of a read that times out or whose connection breaks."""
+    read_limit_s: float = 120.0
+    """Seconds that a try may take, per 8 MiB."""
+    sleep: Callable[[float], None] | None = None
+    """What waits between tries, in place of a wait that `close` ends."""
 
 
-class RankedStream(IterableDataset):
+class RankedStream(Positioned):
     """The samples of one stream generation, in shuffled or ranked order, over `epochs` passes.
 
-    Iterating yields `Offered` from the cursor on and moves it; `state_dict` and `load_state_dict` save and restore it. A
-    stream of at most `cache_bytes` is read in whole shards whose SHA-256 is checked; a larger one sample by sample, by
-    ranged requests whose content hash is checked.
+    Iterating yields `Offered` from the cursor on and moves it; `state_dict` and `load_state_dict` save and restore it. With
+    `prefetch`, a thread reads that many samples ahead; `close` ends it. In a job of several `processes` sample i behind the
+    cursor goes to process i modulo their number, and all get equally many; workers of a data loader share a process's samples in turns of
+    `worker_block` (the loader's batch size gives the order of a loader without workers). `first` is the number of the first
+    position: where an earlier generation was left.
     """
 
     def __init__(
@@ -61,122 +61,122 @@ class RankedStream(IterableDataset):
         order: Literal["shuffled", "ranked"] = "shuffled",
         seed: int = 0,
         epochs: int = 1,
-        cache_bytes: int = 256 << 20,
+        first: int = 0,
+        process: int = 0,
+        processes: int = 1,
+        worker_block: int = 1,
+        prefetch: int = 0,
+        reading: StreamReading | None = None,
+        **changes: Any,
     ) -> None:
-        super().__init__()
+        """`changes` are fields of `reading`. Raises `InputError` for a folder without a finished stream and impossible options."""
         if order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {order!r}: choose one of shuffled, ranked")
         if epochs < 1:
             raise InputError(f"epochs must be at least 1, not {epochs}")
-        self.url = url
+        self._first = first
+        super().__init__(process=process, processes=processes, worker_block=worker_block, prefetch=prefetch)
+        self.url, self.order, self.seed, self.epochs = url, order, seed, epochs
+        self.reading = dataclasses.replace(reading or StreamReading(), **changes)
         self.index: StreamIndex = read_index(url)
         if not self.index.rows:
             raise InputError(f"the stream at {url} holds no samples; select and export some")
-        self.order, self.seed, self.epochs = order, seed, epochs
-        self.position = 0
-        self._cache_bytes = cache_bytes
-        self._whole = sum(shard.bytes for shard in self.index.shards) <= cache_bytes or order == "ranked"
-        self._firsts = [shard.rank_first for shard in self.index.shards]
-        self._cache: OrderedDict[str, tuple[int, list[RankedSample]]] = OrderedDict()
+        self._pass = 0
         self._epoch_order: tuple[int, np.ndarray] | None = None
+        self.reader = self._reader()
 
-    def __len__(self) -> int:
-        """Samples over all epochs."""
-        return self.index.rows * self.epochs
+    @property
+    def first(self) -> int:
+        """The first position."""
+        return self._first
 
-    def __iter__(self) -> Iterator[Offered]:
-        while batch := self.take(1):
-            yield batch[0]
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self._first + self.index.rows * self.epochs
+
+    @property
+    def name(self) -> str:
+        """Name of the stream."""
+        return self.index.stream
 
     def rank_at(self, position: int) -> int:
         """Rank of the sample at a position of the order."""
-        epoch, place = divmod(position, self.index.rows)
+        epoch, place = divmod(position - self._first, self.index.rows)
         if self.order == "ranked":
             return place
-        if self._epoch_order is None or self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, shuffled_ranks(self.seed, self.index.rows, epoch))
-        return int(self._epoch_order[1][place])
+        epoch += self._pass * self.epochs
+        known = self._epoch_order  # one look: the thread that reads ahead may be at another epoch
+        if known is None or known[0] != epoch:
+            known = self._epoch_order = (epoch, shuffled_ranks(self.seed, self.index.rows, epoch))
+        return int(known[1][place])
 
-    def take(self, count: int) -> list[Offered]:
-        """The next `count` samples, fewer at the end; moves the cursor behind them."""
-        positions = range(self.position, min(self.position + count, len(self)))
+    def at(self, positions: Sequence[int]) -> list[Offered]:
+        """The samples at positions of the order; the cursor stays where it is."""
         ranks = [self.rank_at(position) for position in positions]
-        samples = self._read(ranks)
-        self.position += len(positions)
-        return [Offered(position=position, ranked=samples[rank]) for position, rank in zip(positions, ranks)]
+        samples, index = self.reader.read(ranks), self.index
+        return [
+            Offered(position=position, ranked=samples[rank], stream=index.stream, generation=index.generation)
+            for position, rank in zip(positions, ranks)
+        ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what it is a cursor of."""
+    def start_epoch(self, epoch: int) -> None:
+        """Put the cursor on the first position, of pass number `epoch` over the whole: with every pass another order."""
+        self._restore_cursor(self._first, {})
+        self._pass = epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What positions are positions of."""
         return {
-            "position": self.position,
             "stream": self.index.fingerprint,
             "order": self.order,
             "seed": self.seed,
             "epochs": self.epochs,
+            "first": self._first,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and what it is a cursor of."""
+        where = {"position": self.position, "pass": self._pass, "generation": self.index.generation}
+        return {**where, **self.identity(), **self._cursor()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises `InputError` naming what differs where it is of another stream or order."""
-        mine = self.state_dict()
-        for name in ("stream", "order", "seed", "epochs"):
-            if state[name] != mine[name]:
-                raise InputError(
-                    f"the cursor was taken with {name} = {state[name]!r}, this stream has {mine[name]!r}; it cannot be continued"
-                )
-        self.position = int(state["position"])
+        refuse_other(self.identity(), state)
+        self._pass = int(state.get("pass", 0))
+        self._restore_cursor(state["position"], state)
 
-    def _read(self, ranks: list[int]) -> dict[int, RankedSample]:
-        by_shard: dict[int, list[int]] = {}
-        for rank in ranks:
-            by_shard.setdefault(bisect_right(self._firsts, rank) - 1, []).append(rank)
-        found: dict[int, RankedSample] = {}
-        for number, wanted in sorted(by_shard.items()):
-            shard = self.index.shards[number]
-            if self._whole:
-                samples = self._shard(shard)
-                found.update({rank: samples[rank - shard.rank_first] for rank in wanted})
-            else:
-                found.update(self._ranges(shard, wanted))
-        return found
-
-    def _shard(self, shard: ShardEntry) -> list[RankedSample]:
-        if shard.name in self._cache:
-            self._cache.move_to_end(shard.name)
-            return self._cache[shard.name][1]
-        samples = list(read_shard(self.url, shard))
-        _check_ranks(join(self.url, shard.name), shard, samples)
-        self._cache[shard.name] = (shard.bytes, samples)
-        while len(self._cache) > 1 and sum(size for size, _ in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return samples
-
-    def _ranges(self, shard: ShardEntry, ranks: list[int]) -> dict[int, RankedSample]:
-        where = join(self.url, shard.name)
-        fs, path = filesystem(where)
-        spans = [shard.offsets[rank - shard.rank_first] for rank in ranks]
-        starts, ends = [start for start, _ in spans], [start + size for start, size in spans]
-        try:
-            with client_errors("read", where):
-                bodies = fs.cat_ranges([path] * len(spans), starts, ends, on_error="raise")
-        except FileNotFoundError as error:
-            raise CorruptFile(f"{where} is listed in the index but missing; run `lehr export` again") from error
-        found = {}
-        for rank, body in zip(ranks, bodies):
-            ranked = decode_record(body, f"{where} rank {rank}")
-            sample = ranked.sample
-            if ranked.rank != rank or content_id(sample.text, sample.loss_spans) != sample.content_id:
-                raise CorruptFile(
-                    f"{where} rank {rank} differs from what was exported; it is damaged. Run `lehr export` again"
-                )
-            found[rank] = ranked
-        return found
-
-
-def _check_ranks(where: str, shard: ShardEntry, samples: list[RankedSample]) -> None:
-    if [ranked.rank for ranked in samples] != list(range(shard.rank_first, shard.rank_last + 1)):
-        raise CorruptFile(
-            f"{where} does not hold ranks {shard.rank_first} to {shard.rank_last}; run `lehr export` again"
+    def _reader(self) -> ShardReader:
+        reading, ranked = self.reading, self.order == "ranked"
+        sleep = reading.sleep or self._pause
+        return ShardReader(
+            self.url,
+            self.index,
+            whole=ranked or sum(shard.bytes for shard in self.index.shards) <= reading.cache_bytes,
+            in_turn=ranked,
+            cache_bytes=reading.cache_bytes,
+            disk=DiskCache(reading.cache_dir, reading.cache_disk_bytes) if reading.cache_dir else None,
+            patience=Patience(attempts=reading.read_attempts, limit_s=reading.read_limit_s, sleep=sleep),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned gets a copy without threads and caches.
+        return {**self.__dict__, "_ahead": None, "_closing": None, "reader": None, "_epoch_order": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._renew()
+        self.reader = self._reader()
+
+
+def refuse_other(mine: dict[str, Any], state: dict[str, Any], what: str = "this stream") -> None:
+    """Raise `InputError` naming the first thing in which a cursor differs from what it should be a cursor of."""
+    for name, value in mine.items():
+        found = state.get(name, 0 if name == "first" else None)  # 0: a cursor from before streams could be followed
+        if found != value:
+            raise InputError(
+                f"the cursor was taken with {name} = {found!r}, {what} has {value!r}; it cannot be continued"
+            )
 
 
 def read_beside(url: str, index: StreamIndex, part: Literal["target", "evaluation"]) -> list[RankedSample]:

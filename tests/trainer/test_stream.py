@@ -88,7 +88,7 @@ def test_a_cursor_of_another_stream_is_refused(url: str, tmp_path: Path) -> None
 
 def test_ranged_requests_read_the_same(url: str) -> None:
     whole, ranged = RankedStream(url, seed=2), RankedStream(url, seed=2, cache_bytes=0)
-    assert ranged._whole is False
+    assert (whole.reader.whole, ranged.reader.whole) == (True, False)
     assert whole.take(23) == ranged.take(23)
 
 
@@ -96,7 +96,7 @@ def test_a_small_cache_reads_the_same(url: str) -> None:
     biggest = max(shard.bytes for shard in RankedStream(url).index.shards)
     stream = RankedStream(url, order="ranked", cache_bytes=biggest)
     assert [item.ranked.rank for item in stream] == list(range(23))
-    assert len(stream._cache) == 1
+    assert len(stream.reader._held) == 1
 
 
 def test_object_store(url: str) -> None:
