@@ -29,7 +29,7 @@ from trainer.modes import Mode, choose_mode
 from trainer.parallel import OneProcess, local_device
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
-from trainer.stream import Offered, RankedStream, read_beside, stream_url
+from trainer.stream import Offered, RankedStream, StreamReading, read_beside, stream_url
 from trainer.trainee import Trainee, load_trainee, trained_parameters
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,12 @@ class Prepared:
         return self.trainee.model
 
 
+def stream_reading(settings: TrainSettings) -> StreamReading:
+    """How the settings say that streams are read."""
+    names = [field.name for field in dataclasses.fields(StreamReading) if field.name != "sleep"]
+    return StreamReading(**{name: getattr(settings, name) for name in names})
+
+
 def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
     """The stream that the settings name."""
     finished: dict[str, list[int]] = {}
@@ -71,7 +77,12 @@ def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
             finished.setdefault(manifest.spec["stream"], []).append(int(manifest.spec["generation"]))
     url = stream_url(run.url, settings.stream, settings.generation, {name: sorted(g) for name, g in finished.items()})
     return RankedStream(
-        url, order=settings.order, seed=settings.seed, epochs=settings.epochs, cache_bytes=settings.cache_bytes
+        url,
+        order=settings.order,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        prefetch=settings.prefetch,
+        reading=stream_reading(settings),
     )
 
 

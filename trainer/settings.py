@@ -164,6 +164,16 @@ class TrainSettings:
     """Seconds that one of several processes waits for the others, at most; longer than a checkpoint takes to be written."""
     cache_bytes: int = 256 << 20
     """Memory for shards of the stream; a larger stream is read sample by sample."""
+    cache_dir: str = ""
+    """Folder on a local disk in which shards of the stream are kept, shared by any number of trainings; empty keeps none."""
+    cache_disk_bytes: int = 16 << 30
+    """Bound of that folder; the least recently used shards go first, and what does not fit is read past it."""
+    prefetch: int = 64
+    """Samples read ahead of the step, in a thread; 0 reads them when the step begins."""
+    read_attempts: int = 4
+    """Tries of a read of the stream that times out or whose connection breaks, with growing pauses."""
+    read_limit_s: float = 120.0
+    """Seconds that such a try may take, per 8 MiB; clients of object stores try again within it by themselves."""
     loggers: tuple[str, ...] = ()
     """Where figures are shown while the training runs: `console`, `tensorboard`, and those that installed packages bring. The journal
     is written whatever is named here."""
@@ -257,6 +267,11 @@ EXECUTION = frozenset(
         "device",
         "process_timeout",
         "cache_bytes",
+        "cache_dir",
+        "cache_disk_bytes",
+        "prefetch",
+        "read_attempts",
+        "read_limit_s",
         "loggers",
         "peak_flops",
     }
@@ -284,5 +299,8 @@ _AT_LEAST = {
     "keep_checkpoints": 1,
     "process_timeout": 1,
     "cache_bytes": 0,
+    "cache_disk_bytes": 0,
+    "prefetch": 0,
+    "read_attempts": 1,
     "peak_flops": 0,
 }

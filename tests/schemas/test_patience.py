@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import fsspec
@@ -21,7 +21,7 @@ class Flaky(MemoryFileSystem):
 
     protocol = "flaky"
     cachable = False
-    script: list[Any] = []
+    script: ClassVar[list[Any]] = []
     hang = threading.Event()
 
     def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
@@ -60,7 +60,9 @@ def test_tries_are_bounded_and_the_error_says_how_many() -> None:
     assert len(Flaky.script) == 6
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("x"), PermissionError("no"), ValueError("bad"), OSError("Forbidden")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("x"), PermissionError("no"), ValueError("bad"), OSError("Forbidden")]
+)
 def test_what_will_not_pass_is_not_tried_again(error: Exception) -> None:
     pauses: list[float] = []
     Flaky.script = [error] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import multiprocessing
 import threading
@@ -14,7 +15,10 @@ import torch
 
 from schemas.errors import CorruptFile, InputError
 from tests.gcs import Gcs
-from tests.trainer.streams import ranked, sample, texts, write_stream
+from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
+from tests.trainer.test_loop import results, settings
+from trainer.loop import train
+from trainer.prepare import open_stream
 from trainer.stream import RankedStream
 
 ROWS = 23
@@ -60,7 +64,12 @@ def test_reads_no_further_ahead_than_it_may(url: str, monkeypatch: pytest.Monkey
     stream = RankedStream(url, prefetch=4, epochs=3)
     read: list[int] = []
     real = stream.reader.read
-    monkeypatch.setattr(stream.reader, "read", lambda wanted: (read.extend(wanted), real(wanted))[1])
+
+    def counted(wanted: Any) -> Any:
+        read.extend(wanted)
+        return real(wanted)
+
+    monkeypatch.setattr(stream.reader, "read", counted)
     for taken in (1, 2):
         stream.take(1)
         deadline = time.monotonic() + 5
@@ -81,7 +90,9 @@ def test_a_failed_read_surfaces_at_its_sample(url: str) -> None:
         stream = RankedStream(url, cache_bytes=0, prefetch=prefetch)
         assert ranks(stream.take(first)) == order[:first]
         for _ in range(2):
-            with pytest.raises(CorruptFile, match=r"shard-000001\.tar is listed .*generation 1 of stream 'match'.*export"):
+            with pytest.raises(
+                CorruptFile, match=r"shard-000001\.tar is listed .*generation 1 of stream 'match'.*export"
+            ):
                 stream.take(1)
             assert stream.position == first
             assert threads() == []
@@ -160,7 +171,9 @@ def test_a_disk_too_small_is_read_past(remote: str, gcs: Gcs, tmp_path: Path) ->
         assert len([request for request in asked if "bytes=" not in request["line"]]) == whole
         assert len([request for request in asked if "bytes=" in request["line"]]) == max(0, ROWS - 7 * whole)
         assert sum(path.stat().st_size for path in (tmp_path / str(bound)).iterdir()) <= bound
-    stream = RankedStream(remote, order="ranked", cache_bytes=0, cache_dir=str(tmp_path / "r"), cache_disk_bytes=max(sizes))
+    stream = RankedStream(
+        remote, order="ranked", cache_bytes=0, cache_dir=str(tmp_path / "r"), cache_disk_bytes=max(sizes)
+    )
     assert ranks(stream) == list(range(ROWS))
     assert 0 < sum(path.stat().st_size for path in (tmp_path / "r").iterdir()) <= max(sizes)
 
@@ -193,7 +206,9 @@ def test_a_damaged_shard_is_never_kept(url: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("prefetch", [0, 8])
-def test_a_slow_store_is_tried_again_with_growing_pauses(remote: str, gcs: Gcs, cache_bytes: int, prefetch: int) -> None:
+def test_a_slow_store_is_tried_again_with_growing_pauses(
+    remote: str, gcs: Gcs, cache_bytes: int, prefetch: int
+) -> None:
     expected = RankedStream(remote).take(ROWS)
     pauses: list[float] = []
     stream = RankedStream(
@@ -217,7 +232,8 @@ def test_a_slow_store_is_tried_again_with_growing_pauses(remote: str, gcs: Gcs, 
 @pytest.mark.parametrize("prefetch", [0, 6])
 def test_sample_i_goes_to_process_i_modulo_their_number(url: str, processes: int, prefetch: int) -> None:
     streams = [
-        RankedStream(url, epochs=2, process=process, processes=processes, prefetch=prefetch) for process in range(processes)
+        RankedStream(url, epochs=2, process=process, processes=processes, prefetch=prefetch)
+        for process in range(processes)
     ]
     found = [list(stream) for stream in streams]
     assert {len(items) for items in found} == {46 // processes} == {len(stream) for stream in streams}
@@ -238,9 +254,11 @@ def test_a_job_goes_on_with_another_number_of_processes(url: str) -> None:
     assert sorted(item.position for stream in after for item in stream) == list(range(12, 22))
 
 
-@pytest.mark.parametrize("changes", [{"process": 2, "processes": 2}, {"processes": 0}, {"worker_block": 0}, {"prefetch": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"process": 2, "processes": 2}, {"processes": 0}, {"worker_block": 0}, {"prefetch": -1}]
+)
 def test_impossible_dealing(url: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="process|worker_block|prefetch"):
+    with pytest.raises(InputError, match=r"process|worker_block|prefetch"):
         RankedStream(url, **changes)
 
 
@@ -268,3 +286,25 @@ def test_spawned_workers_get_a_copy(url: str) -> None:
     stream.take(3)
     copy = pickle.loads(pickle.dumps(stream))
     assert list(copy) == list(stream)
+
+
+def test_settings_of_a_training_say_how_its_stream_is_read(tmp_path: Path) -> None:
+    """Each of them reaches the stream; what is trained is the same bytes as without."""
+    run, model = make_run(tmp_path, samples=ROWS)
+    given = {
+        "prefetch": 3, "cache_dir": str(tmp_path / "cache"), "cache_disk_bytes": 10**6, "cache_bytes": 0, "read_attempts": 2,
+        "read_limit_s": 7.0,
+    }  # fmt: skip
+    stream = open_stream(run, settings(model, "t", **given))
+    stream.take(1)
+    assert threads() == ["lehr-prefetch"]
+    stream.close()
+    found = {**dataclasses.asdict(stream.reading), "prefetch": 3}
+    assert {name: found[name] for name in given} == given
+    train(run, settings(model, "t", **given, steps=2))
+    expected = results(run, "t")
+    assert threads() == []
+    assert len(list((tmp_path / "cache").glob("[0-9a-f]*"))) == 4
+    plain, _ = make_run(tmp_path / "plain", samples=ROWS)
+    train(plain, settings(model, "t", prefetch=0, steps=2))
+    assert results(plain, "t") == expected
