@@ -36,7 +36,12 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(str(url), use_listings_cache=False)
     except ImportError as error:
-        raise InputError(f"{url}: {error}. Install the package that serves this kind of URL") from error
+        package = (
+            "pip install 'lehr[s3]'"
+            if str(url).startswith("s3")
+            else "Install the package that serves this kind of URL"
+        )
+        raise InputError(f"{url}: {error}. {package}") from error
     except ValueError as error:
         raise InputError(f"{url}: {error}") from error
 
