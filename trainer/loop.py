@@ -188,11 +188,12 @@ class _Training:
         settings, state, ready = self.settings, self.state, self.ready
         wall, processor, number = time.perf_counter(), time.process_time(), state.step + 1
         cursor = ready.stream.state_dict()
-        offered = [candidate(ready.encoder, item) for item in ready.stream.take(settings.candidates)]
+        share = self._share()
+        sizes = ready.sizes.at(share)
+        offered = [candidate(ready.encoder, item) for item in ready.stream.take(sizes.candidates)]
         if not offered:
             self._end("stream")
             return None
-        share = self._share()
         rate = ready.schedule.rate(progress=share, step=number)
         for group in ready.optimizer.param_groups:
             group["lr"] = rate
@@ -201,7 +202,7 @@ class _Training:
         torch.manual_seed(int(fingerprint(drawn)[:15], 16))
         limit = settings.token_budget - state.trained_tokens if settings.token_budget else None
         target = self._target_batch(number)
-        result = self.online.step(offered, target, token_limit=limit)
+        result = self.online.step(offered, target, token_limit=limit, n_keep=sizes.n_keep)
         if not result.applied:
             # Nothing that was wanted fits into what is left of the budget: the step before this one was the last.
             ready.stream.load_state_dict(cursor)

@@ -22,6 +22,7 @@ from selection_ops.online.filters import UNBOUND
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Policy, make_policy, resolve_options
 from selection_ops.optimizer_state import read_optimizer
+from trainer.batch_schedule import BatchSchedule
 from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
@@ -50,6 +51,7 @@ class Prepared:
     dtype: str
     mode: Mode
     schedule: Schedule
+    sizes: BatchSchedule
     choices: dict[str, str]
     """What was decided and why, in words."""
     reference: Any
@@ -118,6 +120,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             f"the stream at {stream.url} was cut with a tokenizer of fingerprint {index.tokenizer}; that of {settings.model} has "
             f"{found}. Lengths and budgets would not hold: train the model the corpus was scored for, or export again for this one"
         )
+    sizes = settings.sizes()
     device = local_device(settings.device)
     dtype = settings.dtype or default_dtype(device)
     attention = settings.attention or choose_attention(settings.model, device, dtype, revision=revision)
@@ -128,7 +131,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     why = ""
     if policy.needs_sketches or policy.needs_norms:
         longest = encoder.spec.max_tokens
-        mode, why = choose_mode(settings.mode, model, dtype, longest=longest, candidates=settings.candidates)
+        mode, why = choose_mode(settings.mode, model, dtype, longest=longest, candidates=sizes.largest)
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     reference = _load_reference(settings, policy, index.tokenizer, dtype, device)
@@ -153,13 +156,13 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
-    per_stream = -(-len(stream) // settings.candidates)
-    if settings.steps > per_stream:
+    total_steps = sizes.steps(len(stream), settings.steps)
+    if total_steps < settings.steps:
         log.warning(
-            "the stream holds %d samples: %d steps of %d candidates, not %d; the schedule ends there. Raise epochs for more",
+            "the stream holds %d samples: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
             len(stream),
-            per_stream,
-            settings.candidates,
+            total_steps,
+            settings.batch_schedule or settings.candidates,
             settings.steps,
         )
     return Prepared(
@@ -184,7 +187,8 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             f"{dtype} on {device}, {attention} attention",
         ),
         reference=reference.model if reference is not None else None,
-        total_steps=min(settings.steps or per_stream, per_stream),
+        sizes=sizes,
+        total_steps=total_steps,
     )
 
 

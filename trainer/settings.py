@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from schemas.errors import InputError
 from selection_ops.online.options import PolicyOptions
+from trainer.batch_schedule import BatchSchedule
 from trainer.schedules import NORMS, Refined, Schedule
 
 Order = Literal["shuffled", "ranked"]
@@ -79,6 +80,9 @@ class TrainSettings:
     precondition: str = "exact"
     """How the target's gradient passes the second moment, for metric `target`: `exact` (elementwise, on the whole gradient) or `rank-one`
     (a separable fit, made anew at every step, folded into its sketch; less time)."""
+    batch_schedule: str = ""
+    """Sizes that change over the training, as `share:candidates/n_keep` points such as `0:16/8,0.5:32/16`; each holds from its share of
+    the training on, and `candidates` and `n_keep` before the first."""
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
@@ -197,6 +201,7 @@ class TrainSettings:
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"{field} must lie in [0, 1), not {getattr(self, field)}")
         self.learning_rates()
+        self.sizes()
         if bool(self.schedule_from) != (self.schedule == "refined"):
             raise InputError("schedule refined and schedule_from belong together: give both or neither")
         if self.schedule_norm not in NORMS:
@@ -228,6 +233,10 @@ class TrainSettings:
             ridge=self.ridge,
             weight_bound=self.weight_bound,
         )
+
+    def sizes(self) -> BatchSchedule:
+        """Candidates offered and kept over the training. Raises `InputError` for a schedule that is none."""
+        return BatchSchedule.parse(self.batch_schedule, candidates=self.candidates, n_keep=self.n_keep)
 
     def learning_rates(self, *, refined: Refined | None = None) -> Schedule:
         """The schedule that the options describe. Raises `InputError` for an impossible value."""

@@ -10,6 +10,7 @@ Legend: N candidates, S kept, M target samples, K sketch dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ class OnlineStep:
         if isinstance(policy, str):
             options = resolve_options(policy, options)
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
+        self._named, self._options = policy if isinstance(policy, str) else None, options
+        self._policies: dict[int, Policy] = {}
         self.metric = get_metric(options.metric)
         if self.metric.candidate_power:
             raise InputError(
@@ -109,10 +112,16 @@ class OnlineStep:
             )  # fmt: skip
 
     def step(
-        self, candidates: Sequence[Candidate], target: Sequence[Encoded] = (), *, token_limit: int | None = None
+        self,
+        candidates: Sequence[Candidate],
+        target: Sequence[Encoded] = (),
+        *,
+        token_limit: int | None = None,
+        n_keep: int | None = None,
     ) -> StepResult:
         """Choose among `candidates`, against `target` where the policy looks at it, and take one optimizer step.
 
+        `n_keep` takes the place of that of the options in this step, of a policy that was given by name.
         Every process is given the same candidates and target. Figures of the choice (geometry) stand in the result of process 0.
         Nothing is stepped where nothing is kept (a token limit can do that). Raises `LehrError` naming step and samples
         where a loss or gradient is not finite; the parameters are then untouched.
@@ -145,7 +154,7 @@ class OnlineStep:
             reference_N = self._losses(self._reference, candidates)
 
         def choose() -> tuple[Decision, Tensor]:
-            decision = self.policy.choose(
+            decision = self._policy_of(n_keep).choose(
                 Candidates(
                     step=number,
                     seed=self._seed,
@@ -200,6 +209,14 @@ class OnlineStep:
             geometry=space,
             selection_seconds=selecting,
         )
+
+    def _policy_of(self, n_keep: int | None) -> Policy:
+        """The policy, keeping as many as a step is told to."""
+        if n_keep is None or n_keep == self._options.n_keep or self._named is None:
+            return self.policy
+        if n_keep not in self._policies:
+            self._policies[n_keep] = make_policy(self._named, dataclasses.replace(self._options, n_keep=n_keep))
+        return self._policies[n_keep]
 
     def _final_weights(self, candidates: Sequence[Candidate], decision: Decision) -> Tensor:
         weight_S = decision.weight_S

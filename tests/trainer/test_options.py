@@ -95,6 +95,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
     "policy": ({}, {"policy": "random"}, lambda a, b: a.kept() != b.kept() and b.steps[0]["mode"] == "plain"),
     "candidates": ({}, {"candidates": 4}, lambda a, b: (len(a.steps), len(b.steps)) == (3, 6)),
     "n_keep": ({}, {"n_keep": 2}, lambda a, b: max(map(len, a.kept())) > 2 >= max(map(len, b.kept()))),
+    "batch_schedule": (
+        {},
+        {"batch_schedule": "0.5:2/1"},
+        lambda a, b: (
+            [r["offered"] for r in a.steps] == [8, 8, 8]
+            and {r["offered"] for r in b.steps} == {8, 2}
+            and all(r["kept"] == 1 for r in b.steps if r["offered"] == 2)
+        ),
+    ),
     "target_batch": (
         {},
         {"target_batch": 8},
