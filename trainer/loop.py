@@ -81,7 +81,7 @@ def _to_the_end(
 ) -> dict[str, Any]:
     training.restore()
     with contextlib.ExitStack() as open_ones:
-        open_ones.callback(lambda: ready.stream.close())
+        open_ones.callback(lambda: training.ready.stream.close())
         loggers = []
         for kind in chosen:
             loggers.append(kind(training.begun()))
