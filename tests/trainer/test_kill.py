@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -20,9 +22,11 @@ Place = tuple[Run, Path]
 """A run directory and its model."""
 
 
-def start(run: Run, model: Path) -> subprocess.Popen[bytes]:
+def start(run: Run, model: Path, processes: int = 0) -> subprocess.Popen[bytes]:
+    """The command by itself, or by torchrun in some processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     command = [
-        sys.executable, "-m", "trainer", run.url, "--model", str(model), "--name", "t", "--policy", "filter-then-weight",
+        sys.executable, *torchrun, "-m", "trainer", run.url, "--model", str(model), "--name", "t", "--policy", "filter-then-weight",
         "--candidates", "8", "--n-keep", "4", "--lr", "0.01", "--dtype", "float32", "--epochs", "4", "--proj-rank", "4",
         "--checkpoint-every", "3", "--eval-every", "5", "--warmup-select", "2", "--order", "shuffled", "--seed", "3",
     ]  # fmt: skip
@@ -72,3 +76,47 @@ def test_invariant_7_killed_at_any_time_resumes_to_the_same_bytes(tmp_path: Path
         found = results(run, "t")
         assert found.keys() == expected.keys()
         assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def workers(torchrun: subprocess.Popen[bytes]) -> list[int]:
+    """Processes of the training that torchrun has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == torchrun.pid:
+                    found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_invariant_7_torchrun_with_a_worker_killed_at_any_step_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """Torchrun ends the others and says which was lost; two processes again give the bytes of two that nobody disturbed."""
+    whole = make_run(tmp_path / "whole", samples=96)
+    undisturbed = start(*whole, processes=2)
+    text, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, text.decode()
+    expected = results(whole[0], "t")
+    rng = random.Random(29)
+    place = make_run(tmp_path / "killed", samples=96)
+    for _ in range(3):
+        process = start(*place, processes=2)
+        assert process.stdout is not None
+        lines, after = b"", rng.randint(1, 12)
+        while lines.count(b"\nstep ") < after:
+            line = process.stdout.readline()
+            assert line, lines.decode()
+            lines += b"\n" + line
+        os.kill(rng.choice(workers(process)), signal.SIGKILL)
+        begun = time.monotonic()
+        rest, _ = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 30
+        assert process.returncode != 0
+        assert b"Signal 9 (SIGKILL)" in rest
+    assert not finished(place)
+    again = start(*place, processes=2)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text.decode()
+    found = results(place[0], "t")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []

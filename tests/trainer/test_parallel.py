@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 
 from schemas.run import Run
 from tests.trainer.streams import make_run
-from tests.trainer.test_loop import journal, weights
+from tests.trainer.test_loop import journal, results, weights
 from tests.trainer.together import Group
 from trainer.__main__ import main
+from trainer.parallel import OneProcess
 
 EXACT = {"step", "policy", "metric", "mode", "offered", "kept", "offered_tokens", "trained_tokens", "fallback"}
 """Columns of the journal's steps that do not depend on rounding."""
@@ -87,3 +90,111 @@ def test_several_processes_decide_and_train_as_one(
     together(count, world, tmp_path, f"{name}-{count}", **options)
     tolerance = 1e-4 if "float32" in options.values() else 1e-8
     assert_same_training(run, name, f"{name}-{count}", tolerance=tolerance)
+
+
+def test_timings_hold_a_row_of_every_process(world: tuple[Run, Path], tmp_path: Path) -> None:
+    together(3, world, tmp_path, "timed", policy="full")
+    rows = journal(world[0], "timed", "timings")
+    assert [(row["step"], row["process"]) for row in rows] == [(step, p) for step in range(1, 8) for p in range(3)]
+    assert all(row["seconds"] > 0 and row["host"] for row in rows)
+    assert [row["step"] for row in journal(world[0], "timed")] == list(range(1, 8))
+    assert len(list((tmp_path / "process-1.log").read_text())) == 0  # process 0 speaks for all
+
+
+KILLED = {"epochs": 3, "checkpoint-every": 3, "dtype": "float32", "candidates": 7, "process-timeout": 60}
+
+
+def start_and_kill(world: tuple[Run, Path], folder: Path, *, count: int, victim: int, after: int) -> Group:
+    """Start `count` processes and kill one after some steps; the others have to end by themselves."""
+    group = Group(count, arguments(*world, "t", **KILLED), folder)
+    end = time.monotonic() + 60
+    while group.steps() < after:
+        assert time.monotonic() < end, group.output(0)
+        time.sleep(0.005)
+    group.kill(victim)
+    return group
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_invariant_7_a_killed_process_ends_all_and_the_same_number_resumes_bitwise(tmp_path: Path, victim: int) -> None:
+    whole, place = make_run(tmp_path / "whole", samples=49), make_run(tmp_path / "killed", samples=49)
+    together(2, whole, tmp_path / "logs", "t", **KILLED)
+    group = start_and_kill(place, tmp_path / "first", count=2, victim=victim, after=8)
+    begun = time.monotonic()
+    codes = group.wait(30)
+    assert time.monotonic() - begun < 10
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 2
+    said = group.output(1 - victim)
+    assert "lost the others: one of them ended" in said
+    assert "Run the same command again" in said
+    assert "Traceback" not in said
+    assert not Path(place[0].path(place[0].manifest_path("train", "t"))).exists()
+    resumed = together(2, place, tmp_path / "second", "t", **KILLED)
+    assert "\nstep 1 " not in resumed.output(0)
+    expected, found = results(whole[0], "t"), results(place[0], "t")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_invariant_7_another_number_of_processes_is_offered_the_same_candidates_in_the_same_steps(
+    tmp_path: Path,
+) -> None:
+    whole = make_run(tmp_path / "whole", samples=49)
+    assert main(arguments(*whole, "t", **KILLED)) == 0
+    place = make_run(tmp_path / "killed", samples=49)
+    group = start_and_kill(place, tmp_path / "first", count=3, victim=2, after=5)
+    assert group.wait(30)[2] == -signal.SIGKILL
+    group = start_and_kill(place, tmp_path / "second", count=1, victim=0, after=5)
+    assert group.wait(30) == [-signal.SIGKILL]
+    resumed = together(2, place, tmp_path / "third", "t", **KILLED)
+    assert "\nstep 1 " not in resumed.output(0)
+    wanted, found = journal(whole[0], "t", "decisions"), journal(place[0], "t", "decisions")
+    for column in ("step", "position", "sample_id", "rank"):
+        assert [row[column] for row in found] == [row[column] for row in wanted]
+    losses = [row["loss"] for row in journal(whole[0], "t")]
+    assert [row["loss"] for row in journal(place[0], "t")] == pytest.approx(losses, rel=0.05)
+
+
+def test_a_process_with_other_settings_ends_all(world: tuple[Run, Path], tmp_path: Path) -> None:
+    """The first process has declared the spec; the second's differs from it."""
+    one, other = (arguments(*world, "differing", policy="full", seed=seed) for seed in (0, 1))
+    group = Group(2, one, tmp_path, last=other)
+    assert group.wait(30) == [2, 2]
+    assert "'differing' exists with another spec: seed was 0 and is now 1" in group.output(1)
+    assert "lost the others" in group.output(0)
+
+
+def test_an_error_of_process_0_is_told_by_all(tmp_path: Path) -> None:
+    """Its checkpoint cannot be written: a file stands where the folder has to be."""
+    run, model = make_run(tmp_path, samples=16)
+    folder = Path(run.path(run.training_folder("blocked")))
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("in the way")
+    group = Group(2, arguments(run, model, "blocked", policy="full"), tmp_path / "logs")
+    assert group.wait(60) == [2, 2]
+    assert "trainer: cannot write" in group.output(0)
+    assert "trainer, process 1 of 2: process 0: cannot write" in group.output(1)
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_every_process(world: tuple[Run, Path], tmp_path: Path) -> None:
+    group = Group(2, arguments(*world, "exploding", policy="full", lr=1e30, clip=0, dtype="float32"), tmp_path)
+    assert group.wait(60) == [2, 2]
+    for index in range(2):
+        assert "is not finite; nothing was updated. Samples: " in group.output(
+            index
+        ) or "lost the others" in group.output(index)
+    assert any("is not finite" in group.output(index) for index in range(2))
+
+
+def test_shares_are_whole_and_balanced() -> None:
+    class Three(OneProcess):
+        count = 3
+
+    costs = [7, 1, 1, 9, 4, 4, 2, 8, 3, 3]
+    shares = Three().shares(costs)
+    assert sorted(place for share in shares for place in share) == list(range(10))
+    sums = [sum(costs[place] for place in share) for share in shares]
+    assert max(sums) - min(sums) <= max(costs) / 3
+    assert Three().shares([5]) == [[0], [], []]
+    assert OneProcess().shares(costs) == [list(range(10))]

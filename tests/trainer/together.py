@@ -16,13 +16,15 @@ from trainer.__main__ import main
 class Group:
     """Processes of `python -m trainer ARGUMENTS` as torchrun would start them; what they print goes to files in `folder`."""
 
-    def __init__(self, count: int, arguments: list[str], folder: Path) -> None:
+    def __init__(self, count: int, arguments: list[str], folder: Path, *, last: list[str] | None = None) -> None:
+        """`last` are the arguments of the last process, where they are not those of all."""
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         self.logs = [folder / f"process-{index}.log" for index in range(count)]
-        self.pids = [self._fork(index, count, port, arguments) for index in range(count)]
+        given = [*[arguments] * (count - 1), last or arguments]
+        self.pids = [self._fork(index, count, port, given[index]) for index in range(count)]
         self._codes: dict[int, int] = {}
 
     def _fork(self, index: int, count: int, port: int, arguments: list[str]) -> int:
