@@ -51,6 +51,8 @@ class SampleFeatures:
     grad_norm_B: torch.Tensor
     held: HeldBatch | None = None
     """What weighted gradients of the batch are formed from, where the engine holds it."""
+    aligned_BT: torch.Tensor | None = None
+    """Alignments of a sample's tokens with the directions of `align_with`, by place in the sample; 0 on padding."""
 
 
 class GradientEngine:
@@ -98,6 +100,7 @@ class GradientEngine:
                 self._sites.append(MatrixSite(site, group.name, len(self._sites)))
         self._small = {site.name: self._known(known, site.name) for site in small_sites}
         self._made_for: tuple[torch.device, torch.dtype] | None = None
+        self._preconditioned = False
         self._make_projections()
         self._route = HeadRoute(model)
         self._head_tape: ModuleTape | HeldTape | None = None
@@ -143,40 +146,64 @@ class GradientEngine:
         """Projections where the parameters are, in their arithmetic; made again only when the model has moved."""
         parameter = next(self.model.parameters())
         place = parameter.device, parameter.dtype
-        if place == self._made_for:
-            return
-        self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if place != self._made_for:
+            self._wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            shared: dict[str, torch.Tensor] = {}
+            for found in self._sites:
+                shape = found.site.shape
+                assert isinstance(shape, MatrixParameter)
+                if found.group not in shared:
+                    signs_RI = input_signs(self._spec, found.group, shape.inputs, parameter.device)
+                    shared[found.group] = signs_RI.T.to(parameter.dtype).contiguous()
+                found.plain_in_IR = shared[found.group]
+                signs_RO = output_signs(self._spec, found.name, shape.outputs, parameter.device)
+                found.plain_out_OR = signs_RO.T.to(parameter.dtype).contiguous()
+            self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide, self.small_sites)
+            self._made_for, self._preconditioned = place, False
+        if not self._preconditioned:
+            self._fold_in(parameter)
+
+    def _fold_in(self, parameter: torch.Tensor) -> None:
+        """Give every site the preconditioner's share: rows of its projections multiplied, or what its whole gradient is."""
+        held = self._preconditioner or Preconditioner()
         shared: dict[str, torch.Tensor] = {}
         for found in self._sites:
-            shape = found.site.shape
-            assert isinstance(shape, MatrixParameter)
+            exact, found.less = held.exact.get(found.name), held.less.get(found.name)
+            found.exact_OI = None if exact is None else exact.to(parameter.device, self._wide)
             out_factor, in_factor, found.input = self._factors(found)
             if found.input not in shared:
-                signs_RI = input_signs(self._spec, found.group, shape.inputs, parameter.device)
-                shared[found.input] = _scaled(signs_RI, in_factor).to(parameter.dtype).contiguous()
+                shared[found.input] = _scaled(found.plain_in_IR, in_factor)
             found.in_signs_IR = shared[found.input]
-            signs_RO = output_signs(self._spec, found.name, shape.outputs, parameter.device)
-            found.out_signs_OR = _scaled(signs_RO, out_factor).to(parameter.dtype).contiguous()
-            exact = self._preconditioner.exact.get(found.name) if self._preconditioner else None
-            found.exact_OI = None if exact is None else exact.to(parameter.device, self._wide)
-        small = self._preconditioner.small if self._preconditioner else {}
+            found.out_signs_OR = _scaled(found.plain_out_OR, out_factor)
+        small = held.small
         self._small_factors = {name: factor.to(parameter.device, self._wide) for name, factor in small.items()}
-        self._fold = Fold(self._spec, self.input_groups, parameter.device, self._wide, self.small_sites)
-        self._made_for = place
+        self._preconditioned = True
 
     def _factors(self, found: MatrixSite) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
-        """u_O and v_I of a preconditioner of rank one, and whose the latter is."""
+        """What multiplies the outputs' and the inputs' signs, a number a row or a matrix, and whose the latter is."""
         held = self._preconditioner
-        if held is None or found.name in held.exact:
+        if held is None or found.whole:
             return None, None, found.group
+        if found.name in held.sided:
+            sided = held.sided[found.name]
+            return (sided.matrix, None, found.group) if sided.from_left else (None, sided.matrix, found.name)
         if found.name not in held.outputs:
             raise InputError(f"the preconditioner has no factors of site {found.name!r}; it was made for another model")
         own = found.name if found.name in held.inputs else found.group
-        return held.outputs[found.name], held.inputs[own], own
+        # A site without a preconditioner of inputs shares the signs as they are with those that have none.
+        return held.outputs[found.name], held.inputs[own], f"{own} preconditioned"
 
     def precondition(self, preconditioner: Preconditioner | None) -> None:
         """Take another preconditioner from the next time that the engine is entered."""
-        self._preconditioner, self._made_for = preconditioner, None
+        self._preconditioner, self._preconditioned = preconditioner, False
+
+    def align_with(self, directions: Mapping[str, torch.Tensor] | None) -> None:
+        """Directions D [O, I] by site, for all matrix sites or none: `features` then also gives every token's delta' D input.
+
+        Summed over tokens and sites that is the inner product of a sample's gradient with D, without projection.
+        """
+        for found in self._sites:
+            found.direction_OI = None if directions is None else directions[found.name]
 
     def _tapes(self) -> dict[str, ModuleTape]:
         """What every module with attributed parameters reports to."""
@@ -269,7 +296,11 @@ class GradientEngine:
             dtype=self._wide,
             device=batch.ids_BT.device,
             segments=batch.segments,
+            loss_tokens_B=batch.sum_by_sample(batch.loss_BT[:, 1:]),
         )
+        if any(found.direction_OI is not None for found in self._sites):
+            longest = batch.ids_BT.shape[1] if batch.segments is None else max(batch.segments.lengths)
+            records.aligned_BT = torch.zeros(batch.samples, longest, dtype=self._wide, device=batch.ids_BT.device)
         self._held = held = HeldBatch(batch.ids_BT.shape[1], batch.segments) if self._hold else None
         try:
             with torch.enable_grad():
@@ -282,13 +313,14 @@ class GradientEngine:
             self._records = self._held = None
         flat_BS = records.flat(self._small_factors)
         loss_B = loss_B.detach().double()
-        loss_tokens_B = batch.sum_by_sample(batch.loss_BT[:, 1:])
+        loss_tokens_B, aligned_BT = records.loss_tokens_B, records.aligned_BT
         if self.loss == "mean":
             flat_BS = flat_BS / loss_tokens_B[:, None]
             loss_B = loss_B / loss_tokens_B
+            aligned_BT = None if aligned_BT is None else aligned_BT / loss_tokens_B[:, None]
         return SampleFeatures(
             loss_B=loss_B, loss_tokens_B=loss_tokens_B, sketch_BK=self._fold(flat_BS), grad_norm_B=flat_BS.norm(dim=1),
-            held=held,
+            held=held, aligned_BT=aligned_BT,
         )  # fmt: skip
 
     def _watch(self, batch: Batch, records: Records) -> Watch | None:
@@ -312,16 +344,28 @@ class GradientEngine:
 
         The same projections as of the samples: with k = 0, the concatenation over `sites` is comparable with `sketch_BK`.
         """
+        found = self._of_name(site)
+        assert isinstance(found.site.shape, MatrixParameter)
+        gradient_OI = found.site.shape.matrix(gradient).to(self._wide)
+        if found.less is not None:
+            gradient_OI = found.less.apply(gradient_OI)
+        if found.exact_OI is not None:
+            gradient_OI = gradient_OI * found.exact_OI
+        left_RI = found.out_signs_OR.T.to(self._wide) @ gradient_OI
+        return left_RI @ found.in_signs_IR.to(self._wide) / self._rank
+
+    def project_matrix(self, site: str, matrix_OI: torch.Tensor) -> torch.Tensor:
+        """Sketch [R, R] of a matrix in the place of a site's gradient, as an engine without preconditioner projects it."""
+        found = self._of_name(site)
+        left_RI = found.plain_out_OR.T.to(self._wide) @ matrix_OI.to(self._wide)
+        return left_RI @ found.plain_in_IR.to(self._wide) / self._rank
+
+    def _of_name(self, site: str) -> MatrixSite:
         found = next((known for known in self._sites if known.name == site), None)
         if found is None:
             names = ", ".join(known.name for known in self._sites[:4])
             raise InputError(f"no site {site!r} among the {len(self._sites)} attributed: {names}, ...")
-        assert isinstance(found.site.shape, MatrixParameter)
-        gradient_OI = found.site.shape.matrix(gradient)
-        if found.exact_OI is not None:
-            gradient_OI = gradient_OI * found.exact_OI
-        left_RI = found.out_signs_OR.T.to(self._wide) @ gradient_OI.to(self._wide)
-        return left_RI @ found.in_signs_IR.to(self._wide) / self._rank
+        return found
 
 
 def _requiring_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -329,9 +373,13 @@ def _requiring_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) ->
     return None if output.requires_grad else output.detach().requires_grad_()
 
 
-def _scaled(signs_RI: torch.Tensor, factor_I: torch.Tensor | None) -> torch.Tensor:
-    """Signs as [I, R], every row times its factor; float64 where there is one, so that it is rounded once."""
-    return signs_RI.T if factor_I is None else signs_RI.T * factor_I.to(signs_RI.device, torch.float64)[:, None]
+def _scaled(signs_IR: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """Signs [I, R], every row times its factor [I], or multiplied by a matrix [I, I]; in float64, so that they are rounded once."""
+    if factor is None:
+        return signs_IR
+    factor, wide_IR = factor.to(signs_IR.device, torch.float64), signs_IR.double()
+    product_IR = factor @ wide_IR if factor.dim() == 2 else wide_IR * factor[:, None]
+    return product_IR.to(signs_IR.dtype).contiguous()
 
 
 def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:

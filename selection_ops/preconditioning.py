@@ -20,12 +20,11 @@ from torch import Tensor
 from schemas.errors import InputError
 from schemas.spec import InputGroup, SmallSite
 from selection_ops.model import causal_model
+from selection_ops.muon import SidedFactor
 from selection_ops.optimizer_state import AdamNumbers, OptimizerState
+from selection_ops.rank_one import fit_rank_one
+from selection_ops.second_moment import FLOOR_SHARE
 from selection_ops.sites import MatrixParameter, search
-
-FLOOR_SHARE = 0.01
-"""sqrt(second moment) is floored at this share of its site's root mean square: entries that were never touched would
-otherwise be multiplied by 10^4 times a typical factor and own every alignment."""
 
 
 def adamw_preconditioner(
@@ -86,51 +85,25 @@ def _floored(root: Tensor, share: float) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankOneFit:
-    """u_O v_I' for every matrix of a group, v shared, and how well it does."""
+class LessForm:
+    """Adam's step for one sample alone, as LESS takes it (arXiv 2402.04333, section 3.1): no bias correction, eps inside the root."""
 
-    outputs: tuple[Tensor, ...]
-    inputs: Tensor
-    correlation: tuple[float, ...]
-    """Pearson correlation of the fitted and the exact entries of every matrix; 1 where the exact ones are all alike. Empty where it was
-    not measured."""
+    first_OI: Tensor
+    second_OI: Tensor
+    beta1: float
+    beta2: float
+    eps: float
 
+    def apply(self, gradient_OI: Tensor, loss_tokens: float = 1.0) -> Tensor:
+        """[beta1 m + (1 - beta1) g] / sqrt(beta2 v + (1 - beta2) g^2 + eps) at g = gradient / loss_tokens, times loss_tokens.
 
-def fit_rank_one(matrices: Sequence[Tensor], *, measured: bool = True) -> RankOneFit:
-    """Least squares in log P over matrices [O, I] that share their columns, each then scaled to least squares in P.
-
-    The root of the fit's logarithm part is that of the root, so that it serves every power of P. On the second moments of a 135M
-    model after 4 steps it correlates with P by 0.68, the means of rows and columns that Adafactor keeps (arXiv 1804.04235, section 3)
-    by 0.64, the best least squares in P by 0.69 (but by 0.71 against 0.72 with the root of P). `matrices` are positive. Without `measured` the
-    correlation is not taken, which costs as much as the fit.
-    """
-    logs = [matrix.log() for matrix in matrices]
-    rows = sum(len(log) for log in logs)
-    inputs_I = torch.stack([log.sum(0, dtype=torch.float64) for log in logs]).sum(0) / rows
-    centre = inputs_I.mean()
-    outputs, correlation = [], []
-    inputs = inputs_I.exp()
-    for matrix, log in zip(matrices, logs):
-        output = (log.mean(1, dtype=torch.float64) - centre).exp()
-        fitted = (output[:, None] * inputs).to(matrix.dtype)
-        output = output * (_sum(matrix * fitted) / _sum(fitted * fitted))
-        outputs.append(output)
-        if measured:
-            correlation.append(_correlation(matrix, fitted))
-    return RankOneFit(outputs=tuple(outputs), inputs=inputs, correlation=tuple(correlation))
-
-
-def _sum(value: Tensor) -> float:
-    return float(value.sum(dtype=torch.float64))
-
-
-def _correlation(exact: Tensor, fitted: Tensor) -> float:
-    exact, fitted = exact - exact.mean(dtype=torch.float64), fitted - fitted.mean(dtype=torch.float64)
-    square = _sum(exact * exact)
-    if square <= 1e-24 * exact.numel() * float(exact.abs().max()):
-        return 1.0
-    other = _sum(fitted * fitted)
-    return _sum(exact * fitted) / (square * other) ** 0.5 if other > 0 else 0.0
+        The moments are of token means, so a summed loss is brought to its mean and back: a linear form would not notice.
+        """
+        gradient_OI = gradient_OI / loss_tokens
+        first_OI, second_OI = self.first_OI.to(gradient_OI.dtype), self.second_OI.to(gradient_OI.dtype)
+        top_OI = self.beta1 * first_OI + (1.0 - self.beta1) * gradient_OI
+        root_OI = (self.beta2 * second_OI + (1.0 - self.beta2) * gradient_OI.square() + self.eps).sqrt()
+        return top_OI / root_OI * loss_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +118,10 @@ class Preconditioner:
     """P [O, I] by matrix site; empty for the rank-one form."""
     small: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """P [n] by small site."""
+    sided: Mapping[str, SidedFactor] = dataclasses.field(default_factory=dict)
+    """What multiplies a matrix site from one side (Muon); folded into its projection, as the rank-one form is."""
+    less: Mapping[str, LessForm] = dataclasses.field(default_factory=dict)
+    """The LESS form by matrix site; it is not linear, so it takes every sample's whole gradient."""
 
     def input_factor(self, site: str, group: str) -> Tensor:
         """v_I of a site."""

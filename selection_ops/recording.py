@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from schemas.errors import InputError
 from selection_ops.batching import Segments
+from selection_ops.preconditioning import LessForm
 from selection_ops.sites import Forward, Site
 from selection_ops.sites.layout import CallLayout
 
@@ -38,11 +39,23 @@ class MatrixSite:
     out_signs_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     exact_OI: torch.Tensor | None = None
     """What every sample's gradient is multiplied by, elementwise, before it is projected."""
+    less: LessForm | None = None
+    """What every sample's gradient becomes before it is projected, where that is not linear."""
+    direction_OI: torch.Tensor | None = None
+    """What every token's outer product is aligned with, without projection."""
+    plain_in_IR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    plain_out_OR: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    """The signs without a preconditioner."""
 
     @property
     def name(self) -> str:
         """Name of the site."""
         return self.site.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether a sample's sketch takes its whole gradient."""
+        return self.exact_OI is not None or self.less is not None
 
     @property
     def in_IR(self) -> torch.Tensor:
@@ -68,9 +81,14 @@ class Records:
         dtype: torch.dtype,
         device: torch.device,
         segments: Segments | None = None,
+        loss_tokens_B: torch.Tensor | None = None,
     ) -> None:
         samples, self.length = shape_BT
         self._segments = segments
+        self.loss_tokens_B = torch.ones(samples) if loss_tokens_B is None else loss_tokens_B
+        self.aligned_BT: torch.Tensor | None = None
+        """Alignment of every token of every sample with the directions of the sites; None where there are none."""
+        self._used: set[tuple[int, int]] = set()
         self.dtype = dtype
         self.samples = slice(0, samples)
         """Samples that modules see now: all, or the one that an expanded module runs."""
@@ -117,14 +135,40 @@ class Records:
     def add_exactly(
         self, site: MatrixSite, samples: slice, delta_nO: torch.Tensor, inputs_nI: torch.Tensor, sample_n: torch.Tensor
     ) -> None:
-        """Add each sample's sketch of P * (sum over its rows of delta input'), by way of that whole matrix, one sample at a time."""
-        assert site.exact_OI is not None
+        """Add each sample's sketch of P * (sum over its rows of delta input'), by way of that whole matrix, one sample at a time.
+
+        Raises `InputError` where P is not linear and the site is used more than once: then no use has the whole gradient.
+        """
+        place = (site.index, samples.start)
+        if site.less is not None and place in self._used:
+            raise InputError(
+                f"the LESS form needs the whole gradient of a site at once, and {site.name} is used more than once"
+            )
+        self._used.add(place)
         out_OR, in_IR = site.out_signs_OR.to(self.dtype), site.in_signs_IR.to(self.dtype)
         for sample in range(samples.stop - samples.start):
             mine_n = torch.nonzero(sample_n == sample)[:, 0]
             if len(mine_n):
                 whole_OI = delta_nO[mine_n].to(self.dtype).T @ inputs_nI[mine_n].to(self.dtype)
-                self.matrices_MBRR[site.index, samples.start + sample] += out_OR.T @ (whole_OI * site.exact_OI) @ in_IR
+                if site.less is not None:
+                    whole_OI = site.less.apply(whole_OI, float(self.loss_tokens_B[samples.start + sample]))
+                if site.exact_OI is not None:
+                    whole_OI = whole_OI * site.exact_OI
+                self.matrices_MBRR[site.index, samples.start + sample] += out_OR.T @ whole_OI @ in_IR
+
+    def align(self, samples: slice, score_Bt1: torch.Tensor) -> None:
+        """Add scores of tokens; of [B, ., T] the axis between is summed."""
+        assert self.aligned_BT is not None
+        count, tokens, width = score_Bt1.shape[0], score_Bt1.shape[1], self.aligned_BT.shape[1]
+        if tokens % width:  # a sample of a packed row that its module saw alone
+            self.aligned_BT[samples, :tokens] += score_Bt1[..., 0]
+        else:
+            self.aligned_BT[samples] += score_Bt1.reshape(count, -1, width).sum(1)
+
+    def align_rows(self, samples: slice, score_n: torch.Tensor, sample_n: torch.Tensor, place_n: torch.Tensor) -> None:
+        """As `align` for rows in any order, each with its sample among `samples` and its place there."""
+        assert self.aligned_BT is not None
+        self.aligned_BT.index_put_((samples.start + sample_n, place_n), score_n.to(self.dtype), accumulate=True)
 
     def add_rows(
         self, site: MatrixSite, samples: slice, left_nR: torch.Tensor, right_nR: torch.Tensor, sample_n: torch.Tensor
@@ -180,7 +224,9 @@ class ModuleTape:
             return
         records = self._records()
         samples, axis = records.samples, self._layout.axis
-        if site.exact_OI is not None:
+        if site.direction_OI is not None:
+            self._align(site, records, output, inputs)
+        if site.whole:
             self._exactly(site, records, output, inputs)
             return
         right = self._projected(records, site, inputs)
@@ -203,6 +249,18 @@ class ModuleTape:
 
         on_gradient(output, arrive)
 
+    def _align(self, site: MatrixSite, records: Records, output: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add every token's delta' D input; the input is kept until backward."""
+        samples, axis, held = records.samples, self._layout.axis, inputs.detach()
+
+        def arrive(delta: torch.Tensor) -> None:
+            assert site.direction_OI is not None
+            pulled = delta @ site.direction_OI.to(delta.dtype)
+            score = (pulled.to(records.dtype) * held.to(records.dtype)).sum(-1, keepdim=True)
+            records.align(samples, records.split(samples, score, axis, zero=True))
+
+        on_gradient(output, arrive)
+
     def _projected(self, records: Records, site: MatrixSite, inputs: torch.Tensor) -> torch.Tensor:
         held = records.projected.get(site.input)
         # A weak reference: what is kept until backward is the projected input, not the input.
@@ -218,6 +276,9 @@ class ModuleTape:
             return
         records = self._records()
         samples, axis = records.samples, self._layout.axis
+
+        if site.less is not None or site.direction_OI is not None:
+            raise InputError(f"{site.name} is a lookup, which takes no part in the LESS form and in exact alignment")
 
         def arrive(delta: torch.Tensor) -> None:
             if site.exact_OI is not None:  # a token meets one row: its gradient is as exact as its sketch
@@ -236,7 +297,17 @@ class ModuleTape:
         records = self._records()
         samples, segments = records.samples, records.segments(records.samples)
         sample_n = token_n // records.length if segments is None else segments.sample_T[token_n]
-        if site.exact_OI is not None:
+        if site.direction_OI is not None:
+            place_n = token_n % records.length if segments is None else segments.position_T[token_n]
+            kept_nI = inputs_nI.detach()
+
+            def aligned(delta_nO: torch.Tensor) -> None:
+                assert site.direction_OI is not None
+                pulled_nI = (delta_nO @ site.direction_OI.to(delta_nO.dtype)).to(records.dtype)
+                records.align_rows(samples, (pulled_nI * kept_nI.to(records.dtype)).sum(-1), sample_n, place_n)
+
+            on_gradient(output_nO, aligned)
+        if site.whole:
             held_nI = inputs_nI.detach()
             on_gradient(output_nO, lambda delta_nO: records.add_exactly(site, samples, delta_nO, held_nI, sample_n))
             return
@@ -272,7 +343,9 @@ class ModuleTape:
     ) -> None:
         """A linear map from hidden states to logits, whose gradient is softmax - onehot(label), for some tokens."""
         site, bias = self._matrices.get("weight"), self._small.get("bias")
-        if site is not None and site.exact_OI is not None:
+        if site is not None and site.direction_OI is not None:
+            raise InputError(f"{site.name} is the head, which takes no part in exact alignment")
+        if site is not None and site.whole:
             delta_tV = softmax_tV.to(records.dtype)
             if delta_tV is softmax_tV:
                 delta_tV = softmax_tV.clone()

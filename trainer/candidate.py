@@ -57,6 +57,8 @@ class StepResult:
     padding_share: float
     trained_tokens: int
     geometry: Geometry | None = None
+    sketched_target: bool = False
+    """Whether the target's direction came from sketches, and no gradient of it was formed whole."""
     selection_seconds: float = 0.0
 
     @property

@@ -21,7 +21,6 @@ from schemas.storage import join, read_bytes, sha256, sweep_temporary
 from schemas.timings import HeartbeatWriter
 from selection_ops.encoding import Encoded
 from selection_ops.flops import model_size
-from selection_ops.online.metrics import get_metric
 from selection_ops.optimizer_state import read_optimizer
 from trainer.averages import Averages
 from trainer.batches import StepBatches
@@ -126,6 +125,8 @@ class _Training:
             selection_weights=settings.selection_weights,
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
+            preconditioner=settings.preconditioner,  # type: ignore[arg-type]
+            alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             processes=processes,
         )
@@ -262,7 +263,7 @@ class _Training:
             offered=[item.tokens for item in offered],
             kept=[offered[index].tokens for index in result.decision.kept],
             target=[len(item.ids) for item in target],
-            sketched_target=self.settings.precondition == "rank-one" and get_metric(result.metric).needs_preconditioner,
+            sketched_target=result.sketched_target,
         )
 
     def finish(self) -> dict[str, Any]:

@@ -53,9 +53,10 @@ class TrainSettings:
     target_batch: int = 4
     """Target samples a step compares candidates with; drawn anew at every step, in a seeded order."""
     metric: str = "target"
-    """What candidates and target are compared in: `target` (the target's gradient through the live AdamW second moment), `sgd`."""
+    """What candidates and target are compared in, by what the optimizer's next step multiplies a gradient by, P: `target` (the target's
+    gradient through P), `update` (both sides), `natural` (both through its root), `opus` (the candidates'), `sgd` (neither)."""
     warmup_select: int = 4
-    """Gradients the second moment must have seen before metric `target` acts; until then it is `sgd`."""
+    """Gradients the optimizer's state must have seen before another metric than `sgd` acts; until then it is `sgd`."""
     filter: str = "greedy"
     """Which candidates survive before they are weighted: `greedy`, `omp` (greedy, refit by least squares after every addition), `boltzmann`
     (drawn by their greedy scores), `set-cosine`, `top-k` (alignment), `cosine`, `threshold` (all of positive alignment), `random`, `none`."""
@@ -77,9 +78,15 @@ class TrainSettings:
     mode: str = "two-pass"
     """How a step that compares forms its gradient: `two-pass` (forward and backward again over the kept), `one-pass` (from what the
     candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where model and memory allow it)."""
-    precondition: str = "exact"
-    """How the target's gradient passes the second moment, for metric `target`: `exact` (elementwise, on the whole gradient) or `rank-one`
-    (a separable fit, made anew at every step, folded into its sketch; less time)."""
+    preconditioner: str = "auto"
+    """What P is: `auto` (the optimizer's own), `adamw` (from the second moment), `muon` (from the momentum), `scalar` (one number a
+    parameter), `less` (Adam's step for one sample alone), `none` (1)."""
+    precondition: str = "auto"
+    """How gradients pass AdamW's P: `exact` (elementwise, on whole gradients), `rank-one` (a separable fit, made anew at every step, folded
+    into the projections; less time), or `auto` (exact where it is the target's alone, else rank one)."""
+    alignment: str = "sketched"
+    """How a candidate is aligned with the target: by their sketches, or `exact` (token by token with the target's whole gradient; the time of
+    a forward pass over the candidates)."""
     batch_schedule: str = ""
     """Sizes that change over the training, as `share:candidates/n_keep` points such as `0:16/8,0.5:32/16`; each holds from its share of
     the training on, and `candidates` and `n_keep` before the first."""
@@ -212,8 +219,9 @@ class TrainSettings:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.mode not in ("two-pass", "one-pass", "auto"):
             raise InputError(f"unknown mode {self.mode!r}: choose one of two-pass, one-pass, auto")
-        if self.precondition not in ("exact", "rank-one"):
-            raise InputError(f"unknown value {self.precondition!r} of precondition: choose one of exact, rank-one")
+        for field, known in _KNOWN.items():
+            if getattr(self, field) not in known:
+                raise InputError(f"unknown value {getattr(self, field)!r} of {field}: choose one of {', '.join(known)}")
         if self.order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
         if self.evaluate not in ("both", "end", "never"):
@@ -286,6 +294,12 @@ EXECUTION = frozenset(
     }
 )
 """Options that do not change results: places (their content enters by fingerprint), cadences, devices, caches."""
+
+_KNOWN = {
+    "precondition": ("auto", "exact", "rank-one"),
+    "preconditioner": ("auto", "adamw", "muon", "scalar", "none", "less"),
+    "alignment": ("sketched", "exact"),
+}
 
 _AT_LEAST = {
     "lora": 0,

@@ -14,13 +14,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from schemas.errors import InputError, LehrError
-from schemas.spec import PROJECTION_VERSION, PreconditionForm
+from schemas.spec import PROJECTION_VERSION
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.held import HeldBatch
@@ -33,12 +33,25 @@ from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
-from trainer.live_optimizer import LiveOptimizer
+from trainer.live_optimizer import Asked
+from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
+from trainer.optimizers import AnyOptimizer
 from trainer.parallel import OneProcess
-from trainer.target_direction import TargetPass
+from trainer.target_direction import TargetDirection, TargetPass
 
 _DEFAULTS = PolicyOptions()
+Exactness = Literal["sketched", "exact"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sketched:
+    """What candidates are compared by, in the order of candidates."""
+
+    sketch_NK: Tensor
+    loss_N: list[float | None]
+    align_N: Tensor
+    """Exact alignments with the target; 0 where they were not asked for."""
 
 
 class OnlineStep:
@@ -51,7 +64,7 @@ class OnlineStep:
     def __init__(
         self,
         model: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         policy: str | Policy = "filter-then-weight",
         *,
         options: PolicyOptions = _DEFAULTS,
@@ -63,7 +76,9 @@ class OnlineStep:
         dtype: str = "float32",
         selection_weights: bool = True,
         mode: Mode = "two-pass",
-        precondition: PreconditionForm = "exact",
+        precondition: Form = "auto",
+        preconditioner: Asked = "auto",
+        alignment: Exactness = "sketched",
         reference_model: Any = None,
         processes: OneProcess | None = None,
     ) -> None:
@@ -75,11 +90,6 @@ class OnlineStep:
         self._named, self._options = policy if isinstance(policy, str) else None, options
         self._policies: dict[int, Policy] = {}
         self.metric = get_metric(options.metric)
-        if self.metric.candidate_power:
-            raise InputError(
-                f"metric {self.metric.name} preconditions the candidates, which scoring does (lehr score --metric) and a step does not; "
-                "use target or sgd"
-            )
         self.steps_taken = 0
         self._seed, self._clip = seed, clip
         self._selection_weights = selection_weights
@@ -87,7 +97,7 @@ class OnlineStep:
         self._device = self._parameters[0].device
         self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes)
         self.route = HeadRoute(model)
-        self._mode, self._precondition = mode, precondition
+        self._mode, self._warmup_select = mode, warmup_select
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
@@ -105,11 +115,23 @@ class OnlineStep:
                 model, groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
         if self._engine is not None and self.policy.needs_sketches:
+            self._preconditioner = LivePreconditioner(
+                model, self._engine, optimizer, self.metric, asked=preconditioner, form=precondition
+            )
+            exact = alignment == "exact"
+            if exact and self._preconditioner.is_less:
+                raise InputError(
+                    "alignments with the LESS form are no inner products of gradients; use alignment sketched"
+                )
             self._target = TargetPass(
-                model, self._engine, self.metric, LiveOptimizer(optimizer, self.metric.name),
-                precondition=precondition, warmup_select=warmup_select, proj_rank=proj_rank, seed=seed,
+                model,
+                self._engine,
+                self._preconditioner,
+                exact=exact,
+                proj_rank=proj_rank,
+                seed=seed,
                 processes=processes,
-            )  # fmt: skip
+            )
 
     def step(
         self,
@@ -137,14 +159,22 @@ class OnlineStep:
         loss_N: list[float | None] = [None] * len(candidates)
         reference_N: list[float | None] | None = None
         norm_N: list[float] | None = None
-        wanted = self._target(target, self._batches, number) if self._target is not None else None
+        wanted: TargetDirection | None = None
+        metric = get_metric("sgd")
         if self._engine is not None:
-            sketch_NK, loss_N = self._sketches(self._engine, candidates, number)
-            norm_N = sketch_NK.double().norm(dim=1).tolist()
+            if self._target is not None:
+                self._preconditioner.refresh()
+                metric = self._preconditioner.acting(self.steps_taken, self._warmup_select)
+                wanted = self._target(metric, target, self._batches, number)
+                folded = self._preconditioner.folds(metric)
+                self._engine.precondition(self._preconditioner.of_power(metric.candidate_power, folded=folded))
+                self._engine.align_with(wanted.whole)
+            sketched = self._sketches(self._engine, candidates, number)
+            loss_N, norm_N = sketched.loss_N, sketched.sketch_NK.double().norm(dim=1).tolist()
             if wanted is not None:
                 target_loss = wanted.loss
                 if self._processes.leads:
-                    space = geometry(wanted.metric, sketch_NK, wanted.direction_K)
+                    space = geometry(metric.name, sketched.sketch_NK, wanted.sketch_K, sketched.align_N, wanted.square)
         elif self.policy.needs_losses:
             loss_N = self._losses(self.route, candidates)
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
@@ -196,7 +226,7 @@ class OnlineStep:
             decision=decision,
             weight_N=tuple(weight_N),
             mode=self._mode if self._engine is not None else "plain",
-            metric=wanted.metric if wanted is not None else "",
+            metric=metric.name if wanted is not None else "",
             loss=loss,
             target_loss=target_loss,
             sample_loss_N=tuple(loss_N),
@@ -207,6 +237,7 @@ class OnlineStep:
             padding_share=self._batches.padding_share,
             trained_tokens=sum(item.tokens for item in kept),
             geometry=space,
+            sketched_target=wanted is not None and not wanted.formed,
             selection_seconds=selecting,
         )
 
@@ -238,13 +269,12 @@ class OnlineStep:
                 loss_N[indices] = loss_B[: len(indices)].double().cpu()
         return list(self._processes.sum(loss_N).tolist())
 
-    def _sketches(
-        self, engine: GradientEngine, candidates: Sequence[Candidate], number: int
-    ) -> tuple[Tensor, list[float | None]]:
-        """Sketches [N, K] of the candidates under the live weights, and their losses, in the order given."""
+    def _sketches(self, engine: GradientEngine, candidates: Sequence[Candidate], number: int) -> Sketched:
+        """What the candidates are compared by, under the live weights."""
         wide = torch.float64 if self._parameters[0].dtype == torch.float64 else torch.float32
         sketch_NK = torch.zeros(len(candidates), engine.sketch_size, dtype=wide, device=self._device)
         loss_N = torch.zeros(len(candidates), dtype=torch.float64)
+        align_N = torch.zeros_like(loss_N)
         with engine:
             for indices, batch in self._batches([item.encoded for item in candidates]):
                 with self._batches.arithmetic():
@@ -253,12 +283,14 @@ class OnlineStep:
                     self._held.append((indices, found.held))
                 sketch_NK[indices] = found.sketch_BK[: len(indices)]
                 loss_N[indices] = found.loss_B[: len(indices)].double().cpu()
+                if found.aligned_BT is not None:
+                    align_N[indices] = found.aligned_BT[: len(indices)].double().sum(1).cpu()
         sketch_NK, loss_N = self._processes.sum(sketch_NK), self._processes.sum(loss_N)
         finite_N = torch.isfinite(loss_N) & torch.isfinite(sketch_NK).all(1).cpu()
         bad = [item for item, finite in zip(candidates, finite_N.tolist()) if not finite]
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
-        return sketch_NK, list(loss_N.tolist())
+        return Sketched(sketch_NK=sketch_NK, loss_N=list(loss_N.tolist()), align_N=self._processes.sum(align_N))
 
     def _form(
         self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int

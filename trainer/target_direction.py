@@ -1,42 +1,45 @@
-"""What candidates are compared with: the sketch of the preconditioned gradient of the target batch's token mean.
+"""What candidates are compared with: the preconditioned gradient of the target batch's token mean, as a sketch or whole.
 
-Legend: K sketch dimension.
+Legend: K sketch dimension, O outputs and I inputs of a matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from schemas.errors import InputError, LehrError
-from schemas.spec import PROJECTION_VERSION, PreconditionForm
+from schemas.spec import PROJECTION_VERSION
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
-from selection_ops.online.metrics import Metric, get_metric
-from selection_ops.preconditioning import Preconditioner, fit_rank_one
+from selection_ops.online.metrics import Metric
 from selection_ops.sites import MatrixParameter
 from trainer.batches import StepBatches
-from trainer.live_optimizer import LiveOptimizer
+from trainer.live_preconditioner import LivePreconditioner
 from trainer.parallel import OneProcess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetDirection:
-    """The target of one step."""
+    """The target of one step; v is the gradient of its token mean, and the metric multiplies it by P^t, candidates by P^c."""
 
-    metric: str
-    """The metric that acts."""
-    direction_K: Tensor
-    """Sketch of the preconditioned gradient of the target's token mean."""
     loss: float
     """That mean, nats per token."""
+    sketch_K: Tensor | None = None
+    """Sketch of P^t v; None where alignments are exact."""
+    whole: Mapping[str, Tensor] | None = None
+    """P^c P^t v [O, I] by site, with which the gradient of a candidate is aligned; None where alignments are sketched."""
+    formed: bool = False
+    """Whether the gradient was formed whole on the way."""
+    square: float | None = None
+    """|P^t v|^2 of the whole gradient, where it is formed for alignments."""
 
 
 class TargetPass:
@@ -46,46 +49,40 @@ class TargetPass:
         self,
         model: Any,
         engine: GradientEngine,
-        metric: Metric,
-        live: LiveOptimizer,
+        preconditioner: LivePreconditioner,
         *,
-        precondition: PreconditionForm,
-        warmup_select: int,
+        exact: bool,
         proj_rank: int,
         seed: int,
         processes: OneProcess,
     ) -> None:
-        self._processes = processes
-        self._model, self._engine, self._metric, self._live = model, engine, metric, live
-        self._warmup_select = warmup_select
-        self._route = HeadRoute(model)
+        """With `exact` the direction is the whole gradient."""
+        self._model, self._engine, self._preconditioner, self._exact = model, engine, preconditioner, exact
+        self._route, self._processes = HeadRoute(model), processes
+        self._proj_rank, self._seed = proj_rank, seed
         self._sketching: GradientEngine | None = None
-        if metric.needs_preconditioner and precondition == "rank-one":
-            self._sketching = GradientEngine(
-                model, engine.input_groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION
-            )
         self._weights: dict[str, nn.Parameter] = {
             site.parameter: causal_model(model).get_parameter(site.parameter) for site in engine.matrix_sites
         }
 
-    def __call__(self, target: Sequence[Encoded], batches: StepBatches, number: int) -> TargetDirection:
+    def __call__(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches, number: int) -> TargetDirection:
         """The direction of step `number`. Raises `LehrError` where the target's loss is not finite."""
         if not target:
             raise InputError("this policy compares candidates with target samples; give the step some")
-        acting = self._acting_metric()
-        if self._sketching is not None and acting.needs_preconditioner:
-            direction_K, loss = self._sketched(self._sketching, acting, target, batches)
+        if self._exact or (metric.target_power and not self._preconditioner.folds(metric)):
+            found = self._whole(metric, target, batches)
         else:
-            direction_K, loss = self._dense(acting, target, batches)
-        # Preconditioning and projecting are linear: the sketch of a sum is the sum of the processes' sketches.
-        direction_K = self._processes.sum(direction_K)
-        loss = float(self._processes.sum(torch.tensor(loss, dtype=torch.float64)))
-        if not math.isfinite(loss):
-            raise LehrError(f"step {number}: the loss of the target batch is {loss}; nothing was updated")
-        return TargetDirection(metric=acting.name, direction_K=direction_K, loss=loss)
+            found = self._sketched(metric, target, batches)
+        loss = float(self._processes.sum(torch.tensor(found.loss, dtype=torch.float64)))
+        # Folding and projecting are linear: the sketch of a sum is the sum of the processes' sketches.
+        sketch_K = None if found.sketch_K is None else self._processes.sum(found.sketch_K)
+        found = dataclasses.replace(found, loss=loss, sketch_K=sketch_K)
+        if not math.isfinite(found.loss):
+            raise LehrError(f"step {number}: the loss of the target batch is {found.loss}; nothing was updated")
+        return found
 
-    def _dense(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> tuple[Tensor, float]:
-        """By way of the gradient itself, preconditioned elementwise."""
+    def _whole(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> TargetDirection:
+        """By way of the gradient itself, preconditioned exactly."""
         weights = list(self._weights.values())
         sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
@@ -96,50 +93,47 @@ class TargetPass:
             for held, gradient in zip(sums, torch.autograd.grad(loss, weights)):
                 held += gradient
             total += float(loss.detach())
-        gradients = dict(zip(self._weights, sums))
-        if metric.needs_preconditioner and math.isfinite(total):
-            for name, weight in self._weights.items():
-                gradients[name] = metric.precondition_target(gradients[name], self._live.preconditioner(weight))
-        sites = self._engine.matrix_sites
-        pieces = [self._engine.project_dense(site.name, gradients[site.parameter]).flatten() for site in sites]
-        return torch.cat(pieces), total
+        if self._exact or self._preconditioner.is_less:  # what is not linear, or not projected, takes the whole sum
+            sums = [self._processes.sum(held) for held in sums]
+        gradients, square = dict(zip(self._weights, sums)), 0.0
+        pieces: list[Tensor] = []
+        whole: dict[str, Tensor] = {}
+        for site in self._engine.matrix_sites:
+            assert isinstance(site.shape, MatrixParameter)
+            gradient_OI = site.shape.matrix(gradients[site.parameter])
+            moved_OI = self._preconditioner.apply(site, gradient_OI, metric.target_power)
+            if self._exact:
+                square += float(moved_OI.square().sum(1).double().sum())
+                whole[site.name] = self._preconditioner.apply(site, moved_OI, metric.candidate_power)
+            else:
+                pieces.append(self._engine.project_matrix(site.name, moved_OI).flatten())
+        if self._preconditioner.is_less and not self._processes.leads:
+            pieces = [torch.zeros_like(piece) for piece in pieces]  # every process has taken the whole one
+        if self._exact:
+            return TargetDirection(loss=total, whole=whole, square=square, formed=True)
+        return TargetDirection(loss=total, sketch_K=torch.cat(pieces), formed=True)
 
-    def _sketched(
-        self, engine: GradientEngine, metric: Metric, target: Sequence[Encoded], batches: StepBatches
-    ) -> tuple[Tensor, float]:
-        """Through the rank-one fit of the preconditioner: no gradient of the target is formed."""
-        engine.precondition(self._fit(metric))
+    def _sketched(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> TargetDirection:
+        """Through projections that P is folded into: no gradient of the target is formed."""
+        if self._sketching is None:
+            self._sketching = GradientEngine(
+                self._model,
+                self._engine.input_groups,
+                proj_rank=self._proj_rank,
+                k=0,
+                seed=self._seed,
+                version=PROJECTION_VERSION,
+            )
+        engine = self._sketching
+        engine.precondition(self._preconditioner.of_power(metric.target_power, folded=True))
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
         weight = next(iter(self._weights.values()))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        direction_K = torch.zeros(engine.sketch_size, dtype=wide, device=weight.device)
+        sketch_K = torch.zeros(engine.sketch_size, dtype=wide, device=weight.device)
         with engine:
             for places, batch in batches(target):
                 with batches.arithmetic():
                     found = engine.features(batch)
-                direction_K += found.sketch_BK[: len(places)].sum(0) / tokens
+                sketch_K += found.sketch_BK[: len(places)].sum(0) / tokens
                 total += float(found.loss_B[: len(places)].sum()) / tokens
-        return direction_K, total
-
-    def _fit(self, metric: Metric) -> Preconditioner:
-        outputs: dict[str, Tensor] = {}
-        inputs: dict[str, Tensor] = {}
-        shapes = {site.name: site for site in self._engine.matrix_sites}
-        for group in self._engine.input_groups:
-            exact = []
-            for name in group.sites:
-                site = shapes[name]
-                assert isinstance(site.shape, MatrixParameter)
-                held = self._live.preconditioner(self._weights[site.parameter]) ** metric.target_power
-                exact.append(site.shape.matrix(held))
-            fit = fit_rank_one(exact, measured=False)
-            outputs.update(zip(group.sites, fit.outputs))
-            inputs[group.name] = fit.inputs
-        return Preconditioner(outputs=outputs, inputs=inputs)
-
-    def _acting_metric(self) -> Metric:
-        """The metric asked for, or `sgd` until the second moment has seen enough gradients."""
-        if not self._metric.needs_preconditioner:
-            return self._metric
-        seen = min(self._live.seen(weight) for weight in self._weights.values())
-        return self._metric if seen >= self._warmup_select else get_metric("sgd")
+        return TargetDirection(loss=total, sketch_K=sketch_K)

@@ -28,12 +28,6 @@ class Metric:
         """Whether the optimizer's second moment takes part."""
         return bool(self.candidate_power or self.target_power)
 
-    def precondition_target(self, gradient: Tensor, preconditioner: Tensor) -> Tensor:
-        """P^target_power * v of one site, elementwise and exact."""
-        if self.target_power == 1.0:
-            return gradient * preconditioner
-        return gradient * preconditioner**self.target_power
-
 
 METRICS = {
     metric.name: metric
@@ -67,16 +61,29 @@ class Geometry:
     target_square: float
 
 
-def geometry(metric: str, sketch_NK: Tensor, direction_K: Tensor) -> Geometry:
-    """Geometry of sum-loss sketches and the metric's target direction, contracted in float64."""
+def geometry(
+    metric: str,
+    sketch_NK: Tensor,
+    direction_K: Tensor | None,
+    align_N: Tensor | None = None,
+    target_square: float | None = None,
+) -> Geometry:
+    """Geometry of sum-loss sketches and the metric's target direction, contracted in float64.
+
+    In place of a direction, exact alignments and the square of the direction they were taken with.
+    """
     sketch_NK = sketch_NK.detach().to("cpu", torch.float64)
-    direction_K = direction_K.detach().to("cpu", torch.float64)
     gram_NN = sketch_NK @ sketch_NK.T
+    if direction_K is not None:
+        direction_K = direction_K.detach().to("cpu", torch.float64)
+        align_N, target_square = sketch_NK @ direction_K, float(direction_K @ direction_K)
+    if align_N is None or target_square is None:
+        raise ValueError("a geometry needs a direction, or alignments and the direction's square")
     return Geometry(
         metric=metric,
         gram_NN=(gram_NN + gram_NN.T) / 2,
-        align_N=sketch_NK @ direction_K,
-        target_square=float(direction_K @ direction_K),
+        align_N=align_N.detach().to("cpu", torch.float64),
+        target_square=target_square,
     )
 
 

@@ -47,3 +47,30 @@ def _scaled(fitted: np.ndarray, matrices: list[np.ndarray]) -> list[np.ndarray]:
         out.append(part * np.sum(part * matrix) / np.sum(part * part))
         start += len(matrix)
     return out
+
+
+def muon(stored: np.ndarray, momentum: float, nesterov: bool = True) -> tuple[np.ndarray, bool]:
+    """((1 - mu^2) S, whether it stands left) with S = aI + bA + cA^2 at the momentum over its norm, of a matrix as it is stored.
+
+    Times what torch.optim.Muon multiplies the rate of such a matrix by.
+    """
+    left = stored.shape[0] <= stored.shape[1]
+    x = stored / np.sqrt(np.sum(stored**2))
+    a = x @ x.T if left else x.T @ x
+    polynomial = 3.4445 * np.eye(len(a)) - 4.775 * a + 2.0315 * a @ a
+    share = 1 - momentum**2 if nesterov else 1 - momentum
+    return max(1.0, stored.shape[0] / stored.shape[1]) ** 0.5 * share * polynomial, left
+
+
+def power(symmetric: np.ndarray, exponent: float) -> np.ndarray:
+    """A power of a symmetric positive matrix, through its eigenvectors."""
+    value, vector = np.linalg.eigh(symmetric)
+    return (vector * value**exponent) @ vector.T
+
+
+def less(
+    gradient: np.ndarray, tokens: int, first: np.ndarray, second: np.ndarray, beta1: float, beta2: float, eps: float
+) -> np.ndarray:
+    """Adam's step for one sample's token mean, eps inside the root, no bias correction; times the tokens."""
+    mean = gradient / tokens
+    return tokens * (beta1 * first + (1 - beta1) * mean) / np.sqrt(beta2 * second + (1 - beta2) * mean**2 + eps)

@@ -19,9 +19,9 @@ from selection_ops.preconditioning import (
     adamw_preconditioner,
     exact_preconditioner,
     fit_preconditioner,
-    fit_rank_one,
     preconditioner_of,
 )
+from selection_ops.rank_one import fit_rank_one
 from selection_ops.sites import MatrixParameter, Site, SiteReport, find_sites, search
 from tests.families import FAMILIES, wide_arithmetic
 from tests.reference.gradients import projection, sample_loss

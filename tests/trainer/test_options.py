@@ -177,6 +177,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
             and a.steps[1]["update_target_cosine"] != b.steps[1]["update_target_cosine"]
         ),
     ),
+    "preconditioner": (
+        {"metric": "opus"},
+        {"metric": "opus", "preconditioner": "scalar"},
+        lambda a, b: (
+            [r["metric"] for r in b.steps] == ["sgd", "opus", "opus"]
+            and a.decisions[0]["self_interaction"] == b.decisions[0]["self_interaction"]
+            and a.decisions[8]["self_interaction"] != b.decisions[8]["self_interaction"]
+        ),
+    ),
+    "alignment": (
+        {},
+        {"alignment": "exact"},
+        # Other alignments, of the same candidates' sketches.
+        lambda a, b: (
+            a.decisions[0]["alignment"] != b.decisions[0]["alignment"]
+            and a.decisions[0]["self_interaction"] == b.decisions[0]["self_interaction"]
+        ),
+    ),
     "selection_weights": (
         {"policy": "full"},
         {"policy": "full", "selection_weights": False},
@@ -431,7 +449,9 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"schedule": "constant", "decay_from": 0.5}, "never decays"),
         ({"precondition": "half"}, "exact, rank-one"),
         ({"mode": "no-pass"}, "two-pass, one-pass, auto"),
-        ({"metric": "opus"}, "use target or sgd"),
+        ({"policy": "filter-then-weight", "metric": "natural", "preconditioner": "less"}, "takes a root"),
+        ({"preconditioner": "newton"}, "auto, adamw, muon"),
+        ({"alignment": "close"}, "sketched, exact"),
         ({"weights": "softmax"}, "nnls, uniform"),
         ({"filter_score": "best"}, "decrease"),
         ({"candidates": 0}, "candidates must be at least 1"),

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ from selection_ops.encoding import Encoded, Encoder
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy
 from tests.reference.online import sample_gradients
-from tests.reference.preconditioning import adamw, log_rank_one
 from tests.tiny import MODELS, tiny_llama, tiny_tokenizer
 from tests.trainer.streams import ENCODING, texts
 from trainer.candidate import Candidate, StepResult
@@ -101,88 +99,6 @@ def test_weighted_gradient_is_the_weighted_sum_of_dense_gradients(kind: str, bat
         # float64: 1e-10 of the tensor's norm (contractions of some hundred terms of 1e-16); the parameter itself, of
         # norm up to 20, is subtracted from itself, which leaves 20 * 1e-16 absolute.
         assert float((gradient - true).norm()) <= 1e-10 * float(torch.as_tensor(true).norm()) + 1e-13, name
-
-
-def oracle_geometry(model: Any, online: OnlineStep, candidates: list[Candidate], target: list[Encoded]) -> Any:
-    """K, b and u'u from dense gradients, the optimizer's state and the engine's projection matrices, as printed."""
-    assert online._engine is not None
-    target_parts = [sample_gradients(model, item)[0] for item in target]
-    tokens = sum(sum(item.loss_mask) for item in target)
-    modules = dict(model.named_modules())
-    factors = preconditioners(online, modules)
-    rows: list[list[np.ndarray]] = [[] for _ in candidates]
-    direction: list[np.ndarray] = []
-    gradients = [sample_gradients(model, item.encoded)[0] for item in candidates]
-    for site in online._engine._sites:
-        name = site.site.parameter
-        module: Any = modules[site.name]
-        p_out, p_in = site.out_OR.T.numpy(), site.in_IR.T.numpy()
-        turned = type(module).__name__ == "Conv1D"
-
-        def sketch(gradient: np.ndarray, p_out: Any = p_out, p_in: Any = p_in, turned: bool = turned) -> np.ndarray:
-            return (p_out @ (gradient.T if turned else gradient) @ p_in.T).ravel()
-
-        for row, gradient in zip(rows, gradients):
-            row.append(sketch(gradient[name].numpy()))
-        v = sum(part[name] for part in target_parts).numpy() / tokens
-        factor = factors.get(site.name)
-        if factor is not None:
-            v = (factor.T if turned else factor) * v
-        direction.append(sketch(v))
-    z, u = np.stack([np.concatenate(row) for row in rows]), np.concatenate(direction)
-    return z @ z.T, z @ u, float(u @ u)
-
-
-def preconditioners(online: OnlineStep, modules: dict[str, Any]) -> dict[str, np.ndarray]:
-    """P [O, I] of every site as it acts on the target now; none during warm-up or for metric sgd."""
-    assert online._engine is not None
-    found: dict[str, np.ndarray] = {}
-    for group in online._engine.input_groups:
-        exact = []
-        for name in group.sites:
-            state: Any = online.optimizer.state.get(modules[name].weight)
-            if not state or int(state["step"]) < 2 or online.metric.name != "target":
-                return {}
-            held = adamw(state["exp_avg_sq"].numpy(), int(state["step"]), 0.8, 0.99, 1e-6)
-            exact.append(held.T if type(modules[name]).__name__ == "Conv1D" else held)
-        found.update(zip(group.sites, log_rank_one(exact) if online._precondition == "rank-one" else exact))
-    return found
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
-@pytest.mark.parametrize(
-    ("metric", "precondition"), [("target", "exact"), ("target", "rank-one"), ("sgd", "exact"), ("sgd", "rank-one")]
-)
-@pytest.mark.parametrize("mode", ["two-pass", "one-pass"])
-def test_geometry_is_that_of_dense_gradients_under_the_live_state(
-    kind: str, metric: str, precondition: Any, mode: Any
-) -> None:
-    """Warm-up first: two steps by `sgd`, then the metric asked for; K, b and the scale of u at every step."""
-    model = trainable(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.99), eps=1e-6)
-    online = OnlineStep(
-        model,
-        optimizer,
-        options=PolicyOptions(n_keep=3, metric=metric),
-        proj_rank=4,
-        warmup_select=2,
-        dtype="float64",
-        batch_tokens=40,
-        mode=mode,
-        precondition=precondition,
-    )
-    acted = []
-    for step in range(4):
-        candidates, target = offer(5, seed=10 * step), encoded(3, seed=10 * step + 1)
-        gram, align, square = oracle_geometry(model, online, candidates, target)
-        result = online.step(candidates, target)
-        assert result.geometry is not None
-        acted.append(result.metric)
-        # float64 throughout; contractions of at most some thousand terms: 1e-10 of the largest entry.
-        assert np.abs(result.geometry.gram_NN.numpy() - gram).max() <= 1e-10 * np.abs(gram).max()
-        assert np.abs(result.geometry.align_N.numpy() - align).max() <= 1e-10 * np.abs(align).max()
-        assert result.geometry.target_square == pytest.approx(square, rel=1e-10)
-    assert acted == (["sgd", "sgd", "target", "target"] if metric == "target" else ["sgd"] * 4)
 
 
 def test_losses_are_those_before_the_update() -> None:
@@ -301,15 +217,6 @@ def test_infinite_gradient_is_an_error() -> None:
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(LehrError, match=r"step 1: norm of the gradient .*id-0"):
         online.step(offer())
-
-
-def test_metric_target_says_that_it_needs_adamw() -> None:
-    model = trainable()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    online = OnlineStep(model, optimizer, dtype="float64", proj_rank=4)
-    online.step(offer(), encoded(2))
-    with pytest.raises(InputError, match=r"needs the second moment of AdamW, and SGD keeps none; use metric sgd"):
-        online.step(offer(), encoded(2))
 
 
 def test_a_policy_that_compares_needs_a_target() -> None:

@@ -223,8 +223,6 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
 def test_metrics() -> None:
     assert get_metric("target").needs_preconditioner
     assert not get_metric("sgd").needs_preconditioner
-    gradient, p = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])
-    assert get_metric("target").precondition_target(gradient, p).tolist() == [3.0, 1.0]
     assert {name: (m.candidate_power, m.target_power) for name, m in METRICS.items()} == {
         "sgd": (0, 0), "natural": (0.5, 0.5), "target": (0, 1), "update": (1, 1), "opus": (1, 0),
     }  # fmt: skip

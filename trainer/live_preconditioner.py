@@ -1,0 +1,135 @@
+"""The preconditioner of a step: powers of what the live optimizer does, for the matrices that take part in choosing.
+
+Legend: O outputs and I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from schemas.errors import InputError
+from selection_ops.engine import GradientEngine
+from selection_ops.model import causal_model
+from selection_ops.online.metrics import Metric, get_metric
+from selection_ops.preconditioning import LessForm, Preconditioner
+from selection_ops.rank_one import fit_rank_one_adamw
+from selection_ops.second_moment import RootScale, multiply
+from selection_ops.sites import MatrixParameter, Site
+from trainer.live_optimizer import Asked, LiveOptimizer
+
+Form = Literal["auto", "exact", "rank-one"]
+
+
+class LivePreconditioner:
+    """Preconditions either side of a metric, under the state that the optimizer has now; `refresh` after every step."""
+
+    def __init__(
+        self, model: Any, engine: GradientEngine, optimizer: Any, metric: Metric, *, asked: Asked, form: Form
+    ) -> None:
+        self._groups = engine.input_groups
+        self._sites = {site.name: site for site in engine.matrix_sites}
+        self._weights: dict[str, nn.Parameter] = {
+            name: causal_model(model).get_parameter(name)
+            for name in {site.parameter: None for site in engine.matrix_sites}
+        }
+        self._metric, self._form = metric, form
+        self._live = LiveOptimizer(optimizer, asked)
+        self._kinds = {}
+        if metric.needs_preconditioner:
+            self._kinds = {name: self._live.kind(weight) for name, weight in self._weights.items()}
+        self.is_less = "less" in self._kinds.values()
+        if self.is_less and {metric.candidate_power, metric.target_power} - {0.0, 1.0}:
+            raise InputError(
+                f"metric {metric.name} takes a root of the preconditioner, which the LESS form does not have; use opus"
+            )
+        self._scales: dict[str, RootScale] = {}
+
+    def acting(self, steps_taken: int, warmup_select: int) -> Metric:
+        """The metric asked for; `sgd` where nothing is preconditioned, or until the state has seen enough gradients."""
+        if not self._metric.needs_preconditioner or set(self._kinds.values()) == {"none"}:
+            return self._metric if not self._metric.needs_preconditioner else get_metric("sgd")
+        seen = [self._live.seen(weight, steps_taken) for weight in self._weights.values()]
+        warm = all(count is None or count >= warmup_select for count in seen)
+        return self._metric if warm else get_metric("sgd")
+
+    def refresh(self) -> None:
+        """Forget what was read from the state: the optimizer has stepped."""
+        self._scales.clear()
+
+    def folds(self, metric: Metric) -> bool:
+        """Whether P folds into the projections, so that no whole gradient is formed for it; AdamW's does as a rank-one fit."""
+        if self.is_less:
+            return False
+        if "adamw" not in self._kinds.values() or self._form == "rank-one":
+            return True
+        return self._form == "auto" and bool(metric.candidate_power)
+
+    def of_power(self, power: float, *, folded: bool) -> Preconditioner | None:
+        """P^power for an engine: folded into projections where that can be, else for whole gradients; None for power 0."""
+        if not power:
+            return None
+        outputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
+        exact: dict[str, Tensor] = {}
+        sided, less = {}, {}
+        for group in self._groups:
+            kinds = {name: self._kinds[self._sites[name].parameter] for name in group.sites}
+            fitted = [name for name, kind in kinds.items() if kind == "adamw" and folded]
+            for name, kind in kinds.items():
+                site, weight = self._sites[name], self._weights[self._sites[name].parameter]
+                assert isinstance(site.shape, MatrixParameter)
+                if kind == "muon":
+                    sided[name] = self._live.sided(site, weight, power)
+                elif kind == "less":
+                    less[name] = self._live.less(site, weight)
+                elif kind == "adamw" and not folded:
+                    exact[name] = torch.ones(site.shape.outputs, site.shape.inputs).to(weight)
+                    self._multiply(site, exact[name], power)
+                elif kind != "adamw":
+                    factor = self._live.scalar(weight) ** power
+                    outputs[name] = torch.full((site.shape.outputs,), factor, dtype=torch.float64)
+                    inputs[name] = torch.ones(site.shape.inputs, dtype=torch.float64)
+            if fitted:
+                fit = fit_rank_one_adamw([self._second(self._sites[name]) for name in fitted], power)
+                outputs.update(zip(fitted, fit.outputs))
+                inputs.update(dict.fromkeys(fitted, fit.inputs))
+            if (
+                len(set(kinds.values())) == 1 and inputs.keys() & kinds.keys()
+            ):  # one factor, one projection of the input
+                inputs[group.name] = next(inputs.pop(name) for name in kinds)
+                for name in kinds:
+                    if name != group.name:
+                        inputs.pop(name, None)
+        return Preconditioner(outputs=outputs, inputs=inputs, exact=exact, sided=sided, less=less)
+
+    def apply(self, site: Site, gradient_OI: Tensor, power: float, loss_tokens: float = 1.0) -> Tensor:
+        """P^power of a dense gradient of one site, exactly; may overwrite it."""
+        kind, weight = self._kinds.get(site.parameter, "none"), self._weights[site.parameter]
+        if not power or kind == "none":
+            return gradient_OI
+        if kind == "muon":
+            return self._live.sided(site, weight, power).apply(gradient_OI)
+        if kind == "less":
+            return self._less(site).apply(gradient_OI, loss_tokens)
+        if kind == "scalar":
+            return gradient_OI * self._live.scalar(weight) ** power
+        self._multiply(site, gradient_OI, power)
+        return gradient_OI
+
+    def _less(self, site: Site) -> LessForm:
+        return self._live.less(site, self._weights[site.parameter])
+
+    def _second(self, site: Site) -> tuple[Tensor, RootScale]:
+        """The second moment of a site's matrix and how P comes from it; its floor is taken over the whole parameter."""
+        weight = self._weights[site.parameter]
+        if site.parameter not in self._scales:
+            self._scales[site.parameter] = self._live.scale(weight)
+        assert isinstance(site.shape, MatrixParameter)
+        return site.shape.matrix(self._live.second_moment(weight)), self._scales[site.parameter]
+
+    def _multiply(self, site: Site, gradient_OI: Tensor, power: float) -> None:
+        second_OI, scale = self._second(site)
+        multiply(gradient_OI, second_OI, scale, power)
