@@ -101,7 +101,7 @@ def test_timings_hold_a_row_of_every_process(world: tuple[Run, Path], tmp_path: 
     assert len(list((tmp_path / "process-1.log").read_text())) == 0  # process 0 speaks for all
 
 
-KILLED = {"epochs": 3, "checkpoint-every": 3, "dtype": "float32", "candidates": 7, "process-timeout": 60}
+KILLED: dict[str, Any] = {"epochs": 3, "checkpoint-every": 3, "dtype": "float32", "candidates": 7, "process-timeout": 60}
 
 
 def start_and_kill(world: tuple[Run, Path], folder: Path, *, count: int, victim: int, after: int) -> Group:
