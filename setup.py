@@ -54,6 +54,7 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "scipy>=1.13",
+            "torchdata>=0.11",
             "tensorboard>=2.18",
         ],
         "lint": ["ruff", "mypy"],

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer import Candidate, OnlineStep, RankedStream
+    from trainer import Candidate, MixedStream, OnlineStep, RankedStream, TokenStream, pad
 
-__all__ = ["Candidate", "OnlineStep", "RankedStream"]
+__all__ = ["Candidate", "MixedStream", "OnlineStep", "RankedStream", "TokenStream", "pad"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,19 +8,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.candidate import Candidate, StepResult
     from trainer.loop import train
+    from trainer.mixing import MixedStream
     from trainer.settings import TrainSettings
     from trainer.step import OnlineStep
     from trainer.stream import Offered, RankedStream
+    from trainer.token_stream import TokenStream, pad
 
-__all__ = ["Candidate", "Offered", "OnlineStep", "RankedStream", "StepResult", "TrainSettings", "train"]
+__all__ = [
+    "Candidate",
+    "MixedStream",
+    "Offered",
+    "OnlineStep",
+    "RankedStream",
+    "StepResult",
+    "TokenStream",
+    "TrainSettings",
+    "pad",
+    "train",
+]
 
 _HOMES = {
     "Candidate": "trainer.candidate",
-    "Offered": "trainer.stream",
+    "MixedStream": "trainer.mixing",
+    "Offered": "trainer.positioned",
     "OnlineStep": "trainer.step",
     "RankedStream": "trainer.stream",
     "StepResult": "trainer.candidate",
+    "TokenStream": "trainer.token_stream",
     "TrainSettings": "trainer.settings",
+    "pad": "trainer.token_stream",
     "train": "trainer.loop",
 }
 

@@ -110,7 +110,10 @@ class Positioned(IterableDataset, abc.ABC):
         return (self.end - self.first) // self._dealing.processes
 
     def __iter__(self) -> Iterator[Offered]:
-        self._enter_worker()
+        self._enter_worker()  # now, not with the first sample: a loader may ask for the state before
+        return self._walk()
+
+    def _walk(self) -> Iterator[Offered]:
         try:
             while batch := self.take(1):
                 yield batch[0]
@@ -183,9 +186,9 @@ class Positioned(IterableDataset, abc.ABC):
 
     def _cursor(self) -> dict[str, Any]:
         """What a state says of workers, where there are several."""
-        if self._dealing.workers == 1:
+        if not self._workers:
             return {}
-        return {"worker": {"workers": self._dealing.workers, "block": self._dealing.block, "taken": self._taken}}
+        return {"worker": {"workers": self._workers, "block": self._dealing.block, "taken": self._taken}}
 
     def _restore_cursor(self, position: int, state: dict[str, Any]) -> None:
         self.close()
