@@ -109,6 +109,7 @@ class _Training:
         )
         self.heart = HeartbeatWriter(run, "train", ready.name, attempt=attempt)
         self.size = model_size(ready.model)
+        self.reference_size = model_size(ready.reference) if ready.reference is not None else None
         self.device = next(ready.model.parameters()).device
         self.peak_flops = settings.peak_flops or measured_peak(str(self.device), ready.dtype)
         self.online = OnlineStep(
@@ -129,6 +130,8 @@ class _Training:
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             processes=processes,
+            oracle_every=settings.oracle_every,
+            oracle_draws=settings.oracle_draws,
         )
         self.evaluated = StepBatches(
             batch_tokens=settings.batch_tokens,
@@ -243,10 +246,11 @@ class _Training:
             "seconds": ends - wall,
             "cpu_seconds": time.process_time() - processor,
             "selection_seconds": result.selection_seconds,
+            "oracle_seconds": result.oracle_seconds,
             "evaluation_seconds": ends - evaluating,
             "flops": flops.total,
             "selection_flops": flops.selection,
-            "mfu": flops.total / (evaluating - wall) / (self.peak_flops * self.processes.count),
+            "mfu": flops.total / (evaluating - wall - result.oracle_seconds) / (self.peak_flops * self.processes.count),
             "peak_memory": peak_memory(self.device),
         }
         self.journal.record(row, decision_rows(result, offered), timing)
@@ -261,6 +265,8 @@ class _Training:
             self.size,
             mode=result.mode,
             offered=[item.tokens for item in offered],
+            measured=[item.tokens for item in offered] if self.online.measures_losses else [],
+            reference=self.reference_size,
             kept=[offered[index].tokens for index in result.decision.kept],
             target=[len(item.ids) for item in target],
             sketched_target=result.sketched_target,
@@ -368,7 +374,7 @@ class _Training:
 
     def _target_batch(self, number: int) -> list[Encoded]:
         target = self.ready.target
-        if not self.online.policy.needs_sketches:
+        if not self.online.wants_target(number):
             return []
         order = shuffled_ranks(self.settings.seed + 1, len(target), number)
         return [target[index] for index in order[: self.settings.target_batch]]

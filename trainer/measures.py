@@ -34,15 +34,19 @@ def step_flops(
     kept: Sequence[int],
     target: Sequence[int],
     sketched_target: bool,
+    measured: Sequence[int] = (),
+    reference: ModelSize | None = None,
 ) -> StepFlops:
     """FLOPs of a step in `mode` over candidates, kept and target samples of these lengths, in tokens.
 
-    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient.
+    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient. Losses of `measured`
+    were taken before the choice by a forward pass; those of `offered` under a `reference` model too.
     """
     trained = size.trained(kept)
+    compared = size.forward(measured) + (reference.forward(offered) if reference is not None else 0.0)
     if mode == "plain":
-        return StepFlops(total=trained, selection=0.0)
-    compared = size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
+        return StepFlops(total=compared + trained, selection=compared)
+    compared += size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
     total = compared + (size.formed(kept) if mode == "one-pass" else trained)
     return StepFlops(total=total, selection=total - trained)
 

@@ -108,6 +108,11 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
             "export a selection made for a target, or train with a policy that compares nothing, such as --policy full or random"
         )
+    if settings.oracle_every and not index.target:
+        raise InputError(
+            f"the oracle measures the loss of target samples, and the stream at {stream.url} holds none: export a selection made for a "
+            "target, or leave --oracle-every out"
+        )
     if policy.needs_reference_losses and not settings.reference_model:
         raise InputError(
             f"policy {settings.policy} subtracts the losses of a reference model, and none is named: train one on held-out text like "

@@ -90,6 +90,11 @@ class TrainSettings:
     batch_schedule: str = ""
     """Sizes that change over the training, as `share:candidates/n_keep` points such as `0:16/8,0.5:32/16`; each holds from its share of
     the training on, and `candidates` and `n_keep` before the first."""
+    oracle_every: int = 0
+    """Steps between those at which the choice is tried out: the real drop of the target batch's loss after this step and after steps on
+    random choices of as many candidates, from the same state. Changes nothing but the journal; costs a step per try. 0 never does."""
+    oracle_draws: int = 8
+    """Random choices that the oracle tries out."""
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
@@ -307,6 +312,8 @@ _AT_LEAST = {
     "target_batch": 1,
     "warmup_select": 1,
     "proj_rank": 1,
+    "oracle_every": 0,
+    "oracle_draws": 1,
     "steps": 0,
     "token_budget": 0,
     "epochs": 1,

@@ -181,6 +181,12 @@ def test_flops_of_a_step_by_mode() -> None:
     one = step_flops(size, mode="one-pass", sketched_target=True, **given)
     assert one.total == size.scored([6]) + size.scored([3, 4, 5]) + size.formed([4])
     assert one.selection == size.scored([6]) + size.scored([3, 5])
+    other = ModelSize(parameters=7, attention=1)
+    measured = step_flops(
+        size, mode="plain", sketched_target=False, measured=given["offered"], reference=other, **given
+    )
+    assert measured.selection == size.forward([3, 4, 5]) + other.forward([3, 4, 5])
+    assert measured.total == plain.total + measured.selection
 
 
 def test_the_journal_holds_flops_utilisation_and_memory(world: tuple[Run, Path]) -> None:

@@ -195,6 +195,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
             and a.decisions[0]["self_interaction"] == b.decisions[0]["self_interaction"]
         ),
     ),
+    "oracle_every": (
+        {},
+        {"oracle_every": 2},
+        lambda a, b: [[r["oracle_drop"] is None for r in x.steps] for x in (a, b)] == [[True] * 3, [True, False, True]],
+    ),
+    "oracle_draws": (
+        {"oracle_every": 1, "oracle_draws": 1},
+        {"oracle_every": 1, "oracle_draws": 5},
+        lambda a, b: (
+            a.steps[0]["oracle_drop"] == b.steps[0]["oracle_drop"]
+            and a.steps[0]["oracle_random_drop"] != b.steps[0]["oracle_random_drop"]
+        ),
+    ),
     "selection_weights": (
         {"policy": "full"},
         {"policy": "full", "selection_weights": False},
@@ -344,7 +357,7 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
     if option == "lora_targets":
         return  # an adapter elsewhere is other parameters
     assert first.weights.keys() == second.weights.keys()
-    if option not in ("evaluate", "eval_every", "ema_decay", "average_tail"):
+    if option not in ("evaluate", "eval_every", "ema_decay", "average_tail", "oracle_every", "oracle_draws"):
         different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
         assert different or first.kept() != second.kept()
 

@@ -74,6 +74,9 @@ def assert_same_training(run: Run, one: str, other: str, *, tolerance: float) ->
         (2, {"policy": "full", "batch-tokens": 20}),
         (2, {"policy": "random", "token-budget": 150, "epochs": 4}),
         (4, {"mode": "one-pass", "precondition": "rank-one"}),
+        (2, {"policy": "loss", "oracle-every": 2}),
+        pytest.param(2, {"policy": "grad-norm", "oracle-every": 3}, marks=pytest.mark.slow),
+        pytest.param(4, {"policy": "match", "oracle-every": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"mode": "one-pass", "precondition": "rank-one"}, marks=pytest.mark.slow),
         pytest.param(4, {"precondition": "rank-one", "target-batch": 2}, marks=pytest.mark.slow),
         pytest.param(3, {"dtype": "float32", "policy": "full"}, marks=pytest.mark.slow),
@@ -101,7 +104,13 @@ def test_timings_hold_a_row_of_every_process(world: tuple[Run, Path], tmp_path: 
     assert len(list((tmp_path / "process-1.log").read_text())) == 0  # process 0 speaks for all
 
 
-KILLED: dict[str, Any] = {"epochs": 3, "checkpoint-every": 3, "dtype": "float32", "candidates": 7, "process-timeout": 60}
+KILLED: dict[str, Any] = {
+    "epochs": 3,
+    "checkpoint-every": 3,
+    "dtype": "float32",
+    "candidates": 7,
+    "process-timeout": 60,
+}
 
 
 def start_and_kill(world: tuple[Run, Path], folder: Path, *, count: int, victim: int, after: int) -> Group:
