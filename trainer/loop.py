@@ -300,6 +300,8 @@ class _Training:
                 name: {"steps": count, "eval_loss": state.average_eval_loss.get(name), "model": f"{relative}/{name}"}
                 for name, count in state.averaged.items()
             }
+        if self.ready.parent:
+            summary["from"] = self.ready.parent
         if self.settings.merge:
             summary["merged"] = f"{relative}/merged"
         manifest = Manifest(

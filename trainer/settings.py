@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from schemas.errors import InputError
 from selection_ops.online.options import PolicyOptions
@@ -28,6 +30,12 @@ class TrainSettings:
     """Folder, URL or hub id of the causal language model to start from, or of a PEFT LoRA adapter to go on with."""
     revision: str = ""
     """Revision of a hub model."""
+    start_from: Annotated[str, tyro.conf.arg(aliases=["--from"])] = ""
+    """Training of this run to branch off, `NAME` or `NAME@STEP`: its weights in that checkpoint take the place of `model`."""
+    from_optimizer: bool = True
+    """Start with the moments of that checkpoint, too."""
+    from_cursor: bool = False
+    """Go on in the stream where that training stood; it must be the same stream in the same order."""
     name: str = ""
     """Name of the training; by default the name of the stream and the policy."""
 
@@ -131,7 +139,11 @@ class TrainSettings:
     schedule_smoothing: float = 0.1
     """Window of the median filter over those norms, as a share of their steps."""
     warmup_steps: int = 0
-    """Steps over which the learning rate is raised from zero, on top of the schedule."""
+    """Steps over which the learning rate is raised, on top of the schedule."""
+    warmup_from: float = 0.0
+    """Share of the scheduled rate that the warm-up starts from."""
+    rewarm: bool = False
+    """Start the warm-up at the learning rate that the training of `start_from` had reached."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, of parameters with at least two dimensions."""
     beta1: float = 0.9
@@ -216,6 +228,14 @@ class TrainSettings:
         self.sizes()
         if bool(self.schedule_from) != (self.schedule == "refined"):
             raise InputError("schedule refined and schedule_from belong together: give both or neither")
+        if self.from_cursor and not self.start_from:
+            raise InputError("from_cursor goes on where another training stood: name that one with start_from")
+        if self.rewarm and not (self.start_from and self.warmup_steps and self.lr):
+            raise InputError(
+                "rewarm rises from the rate of another training: give start_from, warmup_steps and a positive lr"
+            )
+        if self.rewarm and self.warmup_from:
+            raise InputError("give rewarm or warmup_from, not both: each says where the warm-up starts")
         if self.schedule_norm not in NORMS:
             raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
         if not 0 <= self.schedule_smoothing <= 1:
@@ -260,6 +280,7 @@ class TrainSettings:
             decay_from=self.decay_from,
             half_life=self.half_life,
             warmup_steps=self.warmup_steps,
+            warmup_from=self.warmup_from,
             refined=refined,
         )
 
@@ -281,6 +302,9 @@ EXECUTION = frozenset(
         "revision",
         "optimizer_state",
         "schedule_from",
+        "start_from",
+        "from_optimizer",
+        "rewarm",
         "reference_model",
         "checkpoint_every",
         "keep_checkpoints",

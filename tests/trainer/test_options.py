@@ -23,7 +23,7 @@ WEIGHTS = [1.0 + (row % 3) for row in range(24)]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     run, folder = make_run(tmp_path_factory.mktemp("options"), samples=24, weights=WEIGHTS)
-    train(run, settings(folder, "earlier", policy="full", epochs=4))
+    train(run, settings(folder, "earlier", policy="full", epochs=4, checkpoint_every=6))
     return run, folder
 
 
@@ -277,6 +277,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"policy": "full"},
         {"policy": "full", "warmup_steps": 2},
         lambda a, b: b.steps[0]["learning_rate"] == 0.0 and b.steps[2]["learning_rate"] == a.steps[2]["learning_rate"],
+    ),
+    "warmup_from": (
+        {"policy": "full", "warmup_steps": 2},
+        {"policy": "full", "warmup_steps": 2, "warmup_from": 0.5},
+        lambda a, b: (a.rates()[0], b.rates()[0], b.rates()[2]) == (0.0, 5e-3, a.rates()[2]),
+    ),
+    "from_cursor": (
+        {"policy": "full", "epochs": 4, "model": "", "start_from": "earlier@6"},
+        {"policy": "full", "epochs": 4, "model": "", "start_from": "earlier@6", "from_cursor": True},
+        lambda a, b: (
+            (len(a.steps), len(b.steps)) == (12, 6)
+            and [d["position"] for d in b.decisions] == [d["position"] for d in a.decisions][48:]
+        ),
     ),
     "weight_decay": (
         {"policy": "full"},
