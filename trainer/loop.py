@@ -127,6 +127,7 @@ class _Training:
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
             preconditioner=settings.preconditioner,  # type: ignore[arg-type]
+            gram=settings.gram,  # type: ignore[arg-type]
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             processes=processes,

@@ -92,6 +92,9 @@ class TrainSettings:
     precondition: str = "auto"
     """How gradients pass AdamW's P: `exact` (elementwise, on whole gradients), `rank-one` (a separable fit, made anew at every step, folded
     into the projections; less time), or `auto` (exact where it is the target's alone, else rank one)."""
+    gram: str = "sketched"
+    """Interactions of candidates: of their sketches, or exact, from whole gradients formed layer by layer from what one pass holds, of the
+    `survivors` of the filter alone (for their weights) or of all candidates (`exact`)."""
     alignment: str = "sketched"
     """How a candidate is aligned with the target: by their sketches, or `exact` (token by token with the target's whole gradient; the time of
     a forward pass over the candidates)."""
@@ -328,6 +331,7 @@ _KNOWN = {
     "precondition": ("auto", "exact", "rank-one"),
     "preconditioner": ("auto", "adamw", "muon", "scalar", "none", "less"),
     "alignment": ("sketched", "exact"),
+    "gram": ("sketched", "survivors", "exact"),
 }
 
 _AT_LEAST = {

@@ -24,6 +24,7 @@ from schemas.errors import InputError, LehrError
 from schemas.spec import PROJECTION_VERSION
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
+from selection_ops.exact_gram import exact_gram
 from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
@@ -45,7 +46,8 @@ from trainer.parallel import OneProcess
 from trainer.target_direction import TargetDirection, TargetPass
 
 _DEFAULTS = PolicyOptions()
-Exactness = Literal["sketched", "exact"]
+Alignment = Literal["sketched", "exact"]
+Gram = Literal["sketched", "survivors", "exact"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,8 @@ class OnlineStep:
         mode: Mode = "two-pass",
         precondition: Form = "auto",
         preconditioner: Asked = "auto",
-        alignment: Exactness = "sketched",
+        gram: Gram = "sketched",
+        alignment: Alignment = "sketched",
         reference_model: Any = None,
         processes: OneProcess | None = None,
         oracle_every: int = 0,
@@ -104,7 +107,7 @@ class OnlineStep:
         self._device = self._parameters[0].device
         self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes)
         self.route = HeadRoute(model)
-        self._mode, self._warmup_select = mode, warmup_select
+        self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
@@ -125,6 +128,10 @@ class OnlineStep:
             self._preconditioner = LivePreconditioner(
                 model, self._engine, optimizer, self.metric, asked=preconditioner, form=precondition
             )
+            if gram != "sketched" and (mode != "one-pass" or processes.count > 1):
+                raise InputError(
+                    f"gram {gram} forms whole gradients from what one pass holds, in one process; use mode one-pass there, or gram sketched"
+                )
             exact = alignment == "exact"
             if exact and self._preconditioner.is_less:
                 raise InputError(
@@ -182,6 +189,7 @@ class OnlineStep:
                 target_loss = wanted.loss
                 if self._processes.leads:
                     space = geometry(metric.name, sketched.sketch_NK, wanted.sketch_K, sketched.align_N, wanted.square)
+                    space = self._exactly(space, candidates, metric.candidate_power)
         elif self.measures_losses:
             loss_N = self._losses(self.route, [item.encoded for item in candidates])
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
@@ -354,6 +362,26 @@ class OnlineStep:
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
         return Sketched(sketch_NK=sketch_NK, loss_N=list(loss_N.tolist()), align_N=self._processes.sum(align_N))
+
+    def _exactly(self, space: Geometry, candidates: Sequence[Candidate], power: float) -> Geometry:
+        """With interactions from whole gradients, of all candidates, or of those that the policy asks for."""
+        assert self._engine is not None
+        sites, places = self._engine.matrix_sites, {}
+        for indices, batch in self._held:
+            places.update({index: (batch, place) for place, index in enumerate(indices)})
+
+        def gram(chosen: Sequence[int]) -> Tensor:
+            with torch.no_grad():
+                return exact_gram(
+                    [places[index] for index in chosen],
+                    sites,
+                    lambda site: self._preconditioner.form(site, power),
+                    [candidates[index].loss_tokens for index in chosen],
+                )
+
+        if self._gram == "exact":
+            return dataclasses.replace(space, gram_NN=gram(range(len(candidates))))
+        return dataclasses.replace(space, exact_gram=gram) if self._gram == "survivors" else space
 
     def _form(
         self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int

@@ -186,6 +186,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
             and a.decisions[8]["self_interaction"] != b.decisions[8]["self_interaction"]
         ),
     ),
+    "gram": (
+        {"mode": "one-pass"},
+        {"mode": "one-pass", "gram": "exact"},
+        # Other interactions, the same alignments.
+        lambda a, b: (
+            a.decisions[0]["self_interaction"] != b.decisions[0]["self_interaction"]
+            and a.decisions[0]["alignment"] == b.decisions[0]["alignment"]
+        ),
+    ),
     "alignment": (
         {},
         {"alignment": "exact"},
@@ -478,6 +487,7 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"policy": "filter-then-weight", "metric": "natural", "preconditioner": "less"}, "takes a root"),
         ({"preconditioner": "newton"}, "auto, adamw, muon"),
         ({"alignment": "close"}, "sketched, exact"),
+        ({"gram": "close"}, "sketched, survivors, exact"),
         ({"weights": "softmax"}, "nnls, uniform"),
         ({"filter_score": "best"}, "decrease"),
         ({"candidates": 0}, "candidates must be at least 1"),
