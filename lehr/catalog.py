@@ -38,7 +38,9 @@ TABLE_VIEWS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "selections": ("selection", ("selection",), "every candidate a selector considered, and what decided"),
     "steps": ("steps", ("training",), "every optimizer step of every training"),
     "decisions": ("decisions", ("training",), "every sample offered to a training, and what was done with it"),
-    "timings": ("timings", ("training",), "seconds of every step, by process"),
+    "timings": ("timings", ("training",), "seconds and operations of every step, by process"),
+    "arms": ("arms", ("comparison",), "every arm of every comparison: difference to the control, cost, verdict"),
+    "arm_trainings": ("arm_trainings", ("comparison",), "every training of every arm, with its final losses"),
 }
 """View name: its table schema, its name columns, and what it holds."""
 if "evals" in schema_names():
@@ -123,6 +125,13 @@ def _journal(run: Run, view: str) -> Iterator[Source]:
         yield _source(run, view, "train", name, f"trainings/{name}/{view}", {"training": name})
 
 
+def _compared(run: Run, view: str) -> Iterator[Source]:
+    file = {"arms": "arms.parquet", "arm_trainings": "trainings.parquet"}[view]
+    for name in _names(run, "compare"):
+        source = _source(run, view, "compare", name, run.comparison_folder(name), {"comparison": name})
+        yield dataclasses.replace(source, paths=tuple(path for path in source.paths if path.endswith(f"/{file}")))
+
+
 def sources(run: Run, view: str) -> list[Source]:
     """Everything that feeds a table view, by name; sources without any file are left out."""
     if view == "plan":
@@ -135,6 +144,8 @@ def sources(run: Run, view: str) -> list[Source]:
         found = _targeted(run, view)
     elif view == "selections":
         found = _selections(run, view)
+    elif view in ("arms", "arm_trainings"):
+        found = _compared(run, view)
     else:
         found = _journal(run, view)
     return [source for source in found if source.paths]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lehr.catalog import in_flow
+from schemas.declared import read_declared
 from schemas.errors import LehrError
 from schemas.manifest import Manifest
 from schemas.parquet import read_footer
@@ -59,6 +60,17 @@ class ScoringStatus:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonStatus:
+    """How far a comparison is that has been declared and not been judged."""
+
+    name: str
+    trained: int
+    """Trainings that have finished."""
+    trainings: int
+    workers: WorkerStatus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageStatus:
     """One finished stage."""
 
@@ -82,6 +94,8 @@ class RunStatus:
     """Estimated tokens of the plan."""
     stages: tuple[StageStatus, ...]
     scorings: tuple[ScoringStatus, ...]
+    comparisons: tuple[ComparisonStatus, ...]
+    """Those that have not been judged yet."""
     working: tuple[tuple[str, str, WorkerStatus], ...]
     """(stage, name, workers) of other stages whose workers have spoken and whose manifest does not stand."""
     problems: tuple[str, ...]
@@ -177,11 +191,30 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
             scorings.append(_scoring(run, plan, name, by_key.get(("score", name)), now))
         except LehrError as error:
             problems.append(str(error))
+    comparisons = []
+    for name in run.folders("comparisons"):
+        if ("compare", name) in by_key:
+            continue
+        try:
+            declared = read_declared(run.path(f"{run.comparison_folder(name)}/spec.json"), "comparison")["trainings"]
+        except (LehrError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        comparisons.append(
+            ComparisonStatus(
+                name=name,
+                trained=sum(("train", training) in by_key for _, _, training in declared),
+                trainings=len(declared),
+                workers=worker_status(read_heartbeats(run, "compare", name), now),
+            )
+        )
     working = [
         (stage, name, worker_status(beats, now))
         for stage in run.folders("timings")
         for name in run.folders(f"timings/{stage}")
-        if stage != "score" and not _is_finished(stage, name, by_key) and (beats := read_heartbeats(run, stage, name))
+        if stage not in ("score", "compare")
+        and not _is_finished(stage, name, by_key)
+        and (beats := read_heartbeats(run, stage, name))
     ]
     return RunStatus(
         url=run.url,
@@ -201,6 +234,7 @@ def run_status(run: Run, now: float | None = None) -> RunStatus:
             for manifest in manifests
         ),
         scorings=tuple(scorings),
+        comparisons=tuple(comparisons),
         working=tuple(working),
         problems=tuple(problems),
     )

@@ -71,6 +71,9 @@ def status_page(status: RunStatus) -> RenderableType:
         parts.append(Text(f"{stage} {visible(name)}: {_workers(workers)}"))
         if workers.last_error:
             parts.append(Text(f"  last error: {visible(workers.last_error)}", style="yellow"))
+    for comparison in status.comparisons:
+        line = f"comparison {visible(comparison.name)}: {comparison.trained:,} of {comparison.trainings:,} trainings finished"
+        parts.append(Text(f"{line}, {_workers(comparison.workers)}"))
     table = Table("stage", "name", show_edge=False, pad_edge=False, header_style="bold")
     for column in ("files", "rows", "size"):
         table.add_column(column, justify="right")

@@ -23,7 +23,7 @@ def read_parts(
     rejects: list[Reject] = []
     for part, source in (("reference", options.data), ("evaluation", options.eval)):
         if source:
-            samples, refused = _read(f"{name}/{part}", source, options.columns, encoder)
+            samples, refused = read_samples(f"{name}/{part}", source, options.columns, encoder)
             if not samples:
                 reasons = "; ".join(f"{r.path} row {r.row}: {r.reason} {r.detail}".strip() for r in refused[:3])
                 raise InputError(f"{source}: no usable sample for the target ({reasons or 'it has no rows'})")
@@ -34,9 +34,10 @@ def read_parts(
     return parts, rejects
 
 
-def _read(
+def read_samples(
     corpus: str, source: str, columns: CorpusColumns, encoder: Encoder
 ) -> tuple[tuple[Sample, ...], list[Reject]]:
+    """Samples of a file, folder or glob, cut and encoded as those of a corpus, and what could not be used."""
     spec = PlanSpec(corpus=corpus, columns=columns)
     root, files = corpus_files(source)
     samples: list[Sample] = []

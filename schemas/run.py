@@ -26,6 +26,7 @@ _WAY_OUT = {
     "select": "run `lehr select` first",
     "export": "run `lehr export` first",
     "train": "run `lehr train` to its end first",
+    "compare": "run `lehr compare` to its end first",
 }
 
 
@@ -124,6 +125,9 @@ class Run:
 
     def training_folder(self, name: str) -> str:
         return f"trainings/{check_name('training', name)}"
+
+    def comparison_folder(self, name: str) -> str:
+        return f"comparisons/{check_name('comparison', name)}"
 
     def report_path(self, name: str) -> str:
         return f"reports/{check_name('report', name)}.html"

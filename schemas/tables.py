@@ -245,30 +245,6 @@ def _steps() -> pa.Schema:
                 "1",
                 True,
             ),
-            _field(
-                "oracle_drop",
-                number,
-                "drop of the target batch's loss after one optimizer step on the kept, tried out from the same state",
-                "nats per token",
-                True,
-            ),
-            _field(
-                "oracle_random_drop", number, "the same, mean over random choices of as many", "nats per token", True
-            ),
-            _field(
-                "oracle_beaten",
-                number,
-                "share of those whose drop is smaller than that of the kept; ties half",
-                "1",
-                True,
-            ),
-            _field(
-                "oracle_correlation",
-                number,
-                "rank correlation of b'w - w'Kw / 2 and the real drop, over the kept and the random choices",
-                "1",
-                True,
-            ),
             _field("fallback", pa.string(), "which fallback acted, empty where none"),
             _field("padding_share", number, "padding among the tokens computed", "1"),
         ]
@@ -303,12 +279,11 @@ def _timings() -> pa.Schema:
             _field("seconds", pa.float64(), "wall time of the step, with the evaluation that followed it", "seconds"),
             _field("cpu_seconds", pa.float64(), "processor time of the same", "seconds"),
             _field("selection_seconds", pa.float64(), "wall time of choosing and weighting", "seconds"),
-            _field("oracle_seconds", pa.float64(), "wall time of the one-step oracle", "seconds"),
             _field("evaluation_seconds", pa.float64(), "wall time of the evaluation on the held-out set", "seconds"),
             _field(
                 "flops",
                 pa.float64(),
-                "operations of the step by formula: 6 per parameter and trained token, 4 per scored one, and attention; without evaluation",
+                "operations of the step by formula, of all processes together: 6 per parameter and trained token, 4 per scored one, and attention; without evaluation",
                 "floating point operations",
             ),
             _field(
@@ -336,6 +311,75 @@ def _timings() -> pa.Schema:
     )
 
 
+def _arm_trainings() -> pa.Schema:
+    number = pa.float64()
+    return pa.schema(
+        [
+            _field("arm", pa.string(), "arm: stream, policy and what it changes"),
+            _field("seed", pa.int64(), "seed of the training", "1"),
+            _field("training", pa.string(), "name of the training"),
+            _field("eval_loss", number, "held-out loss of the final model", "nats per token"),
+            _field("guard_loss", number, "loss of the final model on the guard set", "nats per token", True),
+            _field(
+                "trained_tokens", pa.int64(), "tokens trained on; below the budget by less than one sample", "tokens"
+            ),
+            _field("offered_tokens", pa.int64(), "tokens offered", "tokens"),
+            _field("steps", pa.int64(), "optimizer steps", "steps"),
+            _field("flops", number, "operations of all steps, by formula", "floating point operations", True),
+            _field("selection_flops", number, "of flops, what choosing added", "floating point operations", True),
+        ]
+    )
+
+
+def _arms() -> pa.Schema:
+    number = pa.float64()
+
+    def ends(name: str, of: str) -> list[pa.Field]:
+        return [
+            _field(f"{name}_low", number, f"lower end of the interval of {of}", "nats per token", True),
+            _field(f"{name}_high", number, f"upper end of the interval of {of}", "nats per token", True),
+        ]
+
+    return pa.schema(
+        [
+            _field("arm", pa.string(), "arm: stream, policy and what it changes"),
+            _field("control", pa.bool_(), "whether the others are compared with it"),
+            _field("seeds", pa.int32(), "seeds that it was trained under", "1"),
+            _field("eval_loss", number, "mean held-out loss of the final models", "nats per token"),
+            _field(
+                "difference", number, "mean over seeds of held-out loss minus the control's", "nats per token", True
+            ),
+            *ends("difference", "the difference, as the verdict takes it"),
+            *ends("bootstrap", "the difference, by resampled seeds (percentile)"),
+            _field("guard_loss", number, "mean loss of the final models on the guard set", "nats per token", True),
+            _field(
+                "guard_difference", number, "mean over seeds of guard loss minus the control's", "nats per token", True
+            ),
+            *ends("guard", "the difference on the guard set"),
+            _field("least_tokens", pa.int64(), "trained tokens of the training that has fewest", "tokens"),
+            _field("most_tokens", pa.int64(), "trained tokens of the training that has most", "tokens"),
+            _field("flops", number, "operations of a training, mean over seeds", "floating point operations", True),
+            _field(
+                "selection_flops",
+                number,
+                "of flops, what choosing at every step added",
+                "floating point operations",
+                True,
+            ),
+            _field(
+                "offline_flops",
+                number,
+                "operations of the scoring that the stream was selected by, once for all trainings; 0 for a random selection, null "
+                "where the run does not say",
+                "floating point operations",
+                True,
+            ),
+            _field("verdict", pa.string(), "adopt, reject or inconclusive; empty for the control"),
+            _field("reason", pa.string(), "what of the rule decided the verdict"),
+        ]
+    )
+
+
 _FIXED: dict[str, Callable[[], pa.Schema]] = {
     "plan": _plan,
     "rejects": _rejects,
@@ -345,6 +389,8 @@ _FIXED: dict[str, Callable[[], pa.Schema]] = {
     "steps": _steps,
     "decisions": _decisions,
     "timings": _timings,
+    "arms": _arms,
+    "arm_trainings": _arm_trainings,
 }
 _SKETCHED: dict[str, Callable[[int], pa.Schema]] = {
     "features": _features,

@@ -4,7 +4,7 @@ With N parameters that a token is multiplied by and A = layers x heads x head si
 
     forward                               2 N +  4 A T
     scored: forward and output gradients  4 N + 12 A T
-    trained: and the weights' gradients   6 N + 12 A T
+    trained: and the weights' gradients   6 N + 12 A T    (with an adapter of n parameters in it, 4 N + 2 n + 12 A T)
 
 (Kaplan et al., 2001.08361, section 2.1, and PaLM, 2204.02311, appendix B, which counts attention without its causal half.) Gradients that are formed from
 factors which a scoring pass held cost the 2 N that it left out. Padding, norms, recomputed activations, projections and the optimizer are not counted.
@@ -30,29 +30,37 @@ class ModelSize:
 
     parameters: int
     """Entries of the matrices that a token is multiplied by: not of tables that are only looked up; of experts, the share chosen."""
+    trained_parameters: int
+    """Those of them that require gradient: all, or an adapter's."""
     attention: int
     """Layers x heads x head size; 0 for a model without attention."""
 
     def forward(self, lengths: Iterable[int]) -> float:
         """FLOPs of a forward pass over samples of these lengths."""
-        return self._over(lengths, 2, 4)
+        return self._over(lengths, 2 * self.parameters, 4)
 
     def scored(self, lengths: Iterable[int]) -> float:
         """FLOPs of a forward pass and one to output gradients, with frozen weights."""
-        return self._over(lengths, 4, 12)
+        return self._over(lengths, 4 * self.parameters, 12)
 
     def trained(self, lengths: Iterable[int]) -> float:
         """FLOPs of a forward and backward pass."""
-        return self._over(lengths, 6, 12)
+        return self._over(lengths, 4 * self.parameters + 2 * self.trained_parameters, 12)
 
     def formed(self, lengths: Iterable[int]) -> float:
         """FLOPs of the weights' gradients alone, from held inputs and output gradients."""
-        return self._over(lengths, 2, 0)
+        return self._over(lengths, 2 * self.trained_parameters, 0)
+
+    def aligned(self, lengths: Iterable[int]) -> float:
+        """FLOPs of products, token by token, of what a scoring pass meets with a whole gradient."""
+        return self._over(lengths, 2 * self.parameters, 0)
+
+    def scored_sums(self, tokens: float, squares: float) -> float:
+        """As `scored`, from the sum of the lengths and that of their squares."""
+        return 4.0 * self.parameters * tokens + 12.0 * self.attention * squares
 
     def _over(self, lengths: Iterable[int], products: int, attention: int) -> float:
-        return float(
-            sum(length * (products * self.parameters + attention * self.attention * length) for length in lengths)
-        )
+        return float(sum(length * (products + attention * self.attention * length) for length in lengths))
 
 
 def _first(config: Any, names: Iterable[str]) -> int:
@@ -68,13 +76,14 @@ def model_size(model: Any) -> ModelSize:
     head = model.get_output_embeddings()
     multiplied = {id(head.weight)} if head is not None else set()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - multiplied
-    total = sum(
-        parameter.numel() * (share if ".experts." in name else 1.0)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in tables
-    )
+    total = trained = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and id(parameter) not in tables:
+            met = parameter.numel() * (share if ".experts." in name else 1.0)
+            total += met
+            trained += met if parameter.requires_grad else 0.0
     heads = _first(config, ("num_attention_heads", "n_head"))
     width = _first(config, ("hidden_size", "n_embd"))
     layers = _first(config, ("num_hidden_layers", "n_layer"))
     each = _first(config, ("head_dim",)) or (width // heads if heads else 0)
-    return ModelSize(parameters=round(total), attention=layers * heads * each)
+    return ModelSize(parameters=round(total), trained_parameters=round(trained), attention=layers * heads * each)

@@ -1,4 +1,4 @@
-"""A complete, consistent, synthetic run directory, written through `schemas` alone: no model, no Beam, a second or less."""
+"""A complete, consistent, synthetic run directory, written through `schemas`: no model, no Beam, a second or less."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from lehr.compare.judge import arm_rows
 from schemas.fingerprint import fingerprint, plain, pretty_json
 from schemas.ids import content_id, sample_id, unit_id
 from schemas.manifest import Manifest, write_manifest
@@ -50,7 +51,7 @@ class FakeOptions:
     shard_samples: int = 10
     hostile: bool = False
     """Whether previews, domains and reject details try to do harm."""
-    stages: tuple[str, ...] = ("plan", "score", "target", "curvature", "select", "export", "train")
+    stages: tuple[str, ...] = ("plan", "score", "target", "curvature", "select", "export", "train", "compare")
     """Stages to write, in the order of the flow."""
 
 
@@ -65,6 +66,7 @@ class _Builder:
         self.curvature_rows: dict[str, list[dict[str, Any]]] = {}
         self.texts: dict[str, str] = {}
         self.manifests: dict[str, Manifest] = {}
+        self.trained: dict[str, dict[str, Any]] = {}
 
     def manifest(self, manifest: Manifest) -> Manifest:
         write_manifest(self.run.path(self.run.manifest_path(manifest.stage, manifest.name)), manifest)
@@ -619,7 +621,6 @@ class _Builder:
                     "seconds": 1.5,
                     "cpu_seconds": 2.5,
                     "selection_seconds": 0.3,
-                    "oracle_seconds": 0.0,
                     "evaluation_seconds": 0.1,
                     "flops": 3e9,
                     "selection_flops": 1e9,
@@ -671,6 +672,53 @@ class _Builder:
                     "trained_tokens": trained,
                     "offered_tokens": offered,
                     "initial_eval_loss": 2.3,
+                    "eval_loss": 2.3 - gain * len(steps),
+                },
+            )
+        )
+        self.trained[policy] = {
+            "eval_loss": 2.3 - gain * len(steps),
+            "trained_tokens": trained,
+            "offered_tokens": offered,
+            "steps": len(steps),
+        }
+
+    # comparison
+
+    def compare(self) -> None:
+        control, *others = sorted(self.trained, key=lambda policy: policy != "random")
+        arms = [f"match:{policy}" for policy in (control, *others)]
+        spec: dict[str, Any] = {
+            "arms": arms, "control": arms[0], "seeds": [0, 1, 2], "token_budget": 1000, "interval": "student", "level": 0.95,
+            "margin": 0.0, "tolerance": 0.05, "guard": fingerprint("guard"),
+            "trainings": [[f"match:{policy}", seed, policy] for seed in range(3) for policy in (control, *others)],
+        }  # fmt: skip
+        rows = [
+            {
+                "arm": arm, "seed": seed, "training": policy, "guard_loss": 3.0 + 0.01 * seed * (policy != control),
+                "flops": 2e13, "selection_flops": 1e12, **self.trained[policy],
+            }
+            for arm, seed, policy in spec["trainings"]
+        ]  # fmt: skip
+        judged = arm_rows(rows, spec, dict.fromkeys(arms, 5e12))
+        footers = {name: Footer(schema=name, spec=fingerprint(spec)) for name in ("arms", "arm_trainings")}
+        folder = self.run.comparison_folder("anneal")
+        parts = tuple(
+            write_table(self.run.url, f"{folder}/{file}", rows_to_table(name, made), footers[name])
+            for file, name, made in (("arms.parquet", "arms", judged), ("trainings.parquet", "arm_trainings", rows))
+        )
+        seconds = {arm: {"training": 12.0, "selection": 2.0, "offline": {"score": 60.0}} for arm in arms}
+        write_whole(self.run.path(f"{self.run.timings_folder('compare', 'anneal')}/seconds.json"), pretty_json(seconds))
+        self.manifest(
+            Manifest(
+                stage="compare",
+                name="anneal",
+                spec=spec,
+                inputs={f"train/{policy}": self.manifests[f"train/{policy}"].fingerprint for policy in self.trained},
+                parts=parts,
+                summary={
+                    "start": {"eval_loss": 2.3, "guard_loss": 3.1},
+                    "verdicts": {row["arm"]: row["verdict"] for row in judged if not row["control"]},
                 },
             )
         )
@@ -710,6 +758,8 @@ def build_fake_run(folder: Any, options: FakeOptions | None = None, **changes: A
     if "train" in wanted:
         for policy in options.trainings:
             builder.train(policy)
+        if "compare" in wanted and "random" in options.trainings and len(options.trainings) > 1:
+            builder.compare()
     return Run.open(str(folder))
 
 

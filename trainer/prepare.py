@@ -6,16 +6,16 @@ import dataclasses
 import logging
 from typing import Any
 
-import orjson
 import torch
 
-from schemas.errors import CorruptFile, InputError
-from schemas.fingerprint import fingerprint, plain, pretty_json
+from schemas.declared import declare
+from schemas.errors import InputError
+from schemas.fingerprint import plain
 from schemas.manifest import Manifest
 from schemas.run import Run, check_name
 from schemas.shards import StreamIndex
 from schemas.spec import EncodingSpec
-from schemas.storage import exists, read_bytes, write_whole
+from schemas.storage import exists
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.model import LoadedModel, choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
 from selection_ops.online.filters import UNBOUND
@@ -28,7 +28,6 @@ from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
 from trainer.modes import Mode, choose_mode
 from trainer.parallel import OneProcess, local_device
-from trainer.parent import find_parent, go_on, inherit
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.stream import Offered, RankedStream, StreamReading, read_beside, stream_url
@@ -53,8 +52,6 @@ class Prepared:
     mode: Mode
     schedule: Schedule
     sizes: BatchSchedule
-    parent: str
-    """Checkpoint of another training that this one started from, if it did."""
     choices: dict[str, str]
     """What was decided and why, in words."""
     reference: Any
@@ -101,26 +98,15 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     resolved = resolve_options(settings.policy, settings.policy_options())
     processes = processes or OneProcess()
     policy = make_policy(settings.policy, settings.policy_options())
-    parent = find_parent(run, settings.start_from) if settings.start_from else None
-    if parent is not None:
-        settings = inherit(run, settings, parent)
     if not settings.model:
-        raise InputError("name the model to train with --model, or a training to start from with --from")
+        raise InputError("name the model to train with --model")
     stream = open_stream(run, settings)
     index = stream.index
-    branch = f"-from-{parent.training}-{parent.state.step}" if parent is not None else ""
-    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}{branch}")
-    if parent is not None and settings.from_cursor:
-        go_on(stream, parent)
+    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}")
     if policy.needs_sketches and not index.target:
         raise InputError(
             f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
             "export a selection made for a target, or train with a policy that compares nothing, such as --policy full or random"
-        )
-    if settings.oracle_every and not index.target:
-        raise InputError(
-            f"the oracle measures the loss of target samples, and the stream at {stream.url} holds none: export a selection made for a "
-            "target, or leave --oracle-every out"
         )
     if policy.needs_reference_losses and not settings.reference_model:
         raise InputError(
@@ -160,22 +146,22 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             attention=attention,
             mode=mode,
             schedule_from=norms,
-            start_from=parent.fingerprint if parent is not None else "",
         )
     )
-    processes.decide(lambda: declare(run, name, spec))
-    declare(run, name, spec)
+    place = run.path(f"{run.training_folder(name)}/spec.json")
+    processes.decide(lambda: declare(place, "training", name, spec))
+    declare(place, "training", name, spec)
     manifest_path = run.path(run.manifest_path("train", name))
     if exists(manifest_path):
         return run.manifest("train", name)
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
-    total_steps = sizes.steps(len(stream) - stream.position, settings.steps)
+    total_steps = sizes.steps(len(stream), settings.steps)
     if total_steps < settings.steps:
         log.warning(
-            "the stream holds %d samples from here on: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
-            len(stream) - stream.position,
+            "the stream holds %d samples: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
+            len(stream),
             total_steps,
             settings.batch_schedule or settings.candidates,
             settings.steps,
@@ -203,7 +189,6 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         ),
         reference=reference.model if reference is not None else None,
         sizes=sizes,
-        parent=parent.name if parent is not None else "",
         total_steps=total_steps,
     )
 
@@ -253,27 +238,6 @@ def _load_reference(
             attention=settings.attention or choose_attention(where, device, dtype),
             device=device,
         )
-
-
-def declare(run: Run, name: str, spec: dict[str, Any]) -> None:
-    """Fix the spec of training `name`. Raises `InputError` naming every option in which an existing one differs."""
-    url = run.path(f"{run.training_folder(name)}/spec.json")
-    data = pretty_json({"spec": spec, "fingerprint": fingerprint(spec)})
-    try:
-        write_whole(url, data, create_only=True)
-        return
-    except FileExistsError:
-        pass
-    try:
-        record = orjson.loads(read_bytes(url))
-        known, stored = record["spec"], record["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{url} is damaged ({error}); delete the training's folder and start again") from error
-    if stored == fingerprint(spec):
-        return
-    differing = [key for key in sorted({*known, *spec}) if known.get(key) != spec.get(key)]
-    what = "; ".join(f"{key} was {known.get(key)!r} and is now {spec.get(key)!r}" for key in differing)
-    raise InputError(f"training {name!r} exists with another spec: {what}. Use the same, or another --name")
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:

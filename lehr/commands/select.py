@@ -57,7 +57,9 @@ class Command:
     def run(self) -> int:
         """Select, print the verdict, return the exit status."""
         from lehr.console import console, errors, pairs
+        from schemas.fingerprint import pretty_json
         from schemas.run import Run
+        from schemas.storage import write_whole
         from selection_ops.selectors import Budget
 
         run = Run.open(self.run_dir)
@@ -97,6 +99,7 @@ class Command:
                     keep_overlapping=self.keep_overlapping,
                     columns_only=self.columns_only,
                 )
+        write_whole(run.path(f"{run.timings_folder('select', name)}/seconds.json"), pretty_json(report.seconds))
         rows: list[tuple[str, object]] = [("selected", report.selected), ("tokens", report.tokens)]
         for key, count in report.solution["counts"].items():
             if key != "selected":

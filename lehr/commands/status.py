@@ -44,7 +44,9 @@ class Command:
             sys.stdout.flush()
 
         def working(status: RunStatus) -> bool:
-            return any(not scoring.finished for scoring in status.scorings) or bool(status.working)
+            return any(not scoring.finished for scoring in status.scorings) or bool(
+                status.working or status.comparisons
+            )
 
         status = run_status(run)
         if not self.watch:

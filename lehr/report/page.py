@@ -9,6 +9,7 @@ import jinja2
 
 from lehr.rendering import visible
 from lehr.report import sections
+from lehr.report.comparisons import COLUMNS, comparison_sections
 from lehr.report.data import ReportData, collect
 from schemas.run import Run, check_name
 from schemas.storage import write_whole
@@ -38,6 +39,8 @@ def _context(data: ReportData) -> dict[str, Any]:
         "selections": sections.selections_table(data) if data.selections else None,
         "supply": sections.supply_chart(data),
         "shared": sections.shared_table(data),
+        "compared": comparison_sections(data.run),
+        "compared_columns": COLUMNS,
         "losses": sections.loss_charts(data.trainings),
         "weights": sections.weight_charts(data.trainings),
         "rejects": sections.rejects_section(data),

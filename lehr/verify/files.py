@@ -27,6 +27,8 @@ def schema_of(path: str) -> str:
     pieces = path.split("/")
     if pieces[0] == "targets":
         return "target_samples" if pieces[-1].startswith("samples") else "spectrum"
+    if pieces[0] == "comparisons":
+        return "arms" if pieces[-1].startswith("arms") else "arm_trainings"
     if pieces[0] == "trainings":
         return pieces[2] if len(pieces) == 4 else ""
     known = {"plan.parquet": "plan", "preconditioners": "preconditioner", "selections": "selection"}

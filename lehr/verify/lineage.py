@@ -26,6 +26,8 @@ _REQUIRED = {
 def _candidates(manifest: Manifest, kind: str, manifests: Manifests) -> list[tuple[str, str]]:
     """The stages that input `kind` of a manifest can be."""
     spec = manifest.spec
+    if manifest.stage == "compare":
+        return [("train", kind.removeprefix("train/"))]
     scoring, target = str(spec.get("scoring", "")), str(spec.get("target", ""))
     if kind == "plan":
         return [("plan", PLAN_NAME)]

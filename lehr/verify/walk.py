@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 
 from lehr.catalog import stream_folders
+from lehr.verify.comparison import check_comparison
 from lehr.verify.files import Manifests, check_files, read_manifests
 from lehr.verify.findings import Check
 from lehr.verify.lineage import check_lineage
@@ -44,6 +45,8 @@ def verify(
             yield from check_selection(run, manifests, name)
         elif stage == "train":
             yield from check_training(run, manifests, name, quick=quick)
+        elif stage == "compare":
+            yield check_comparison(run, manifests, name)
     if not quick:
         for _, folder in stream_folders(run):
             yield check_stream(run, manifests, folder, _nothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lehr.cli import main
+from lehr.compare.run import read_comparison
 from lehr.report import render_report
 from lehr.report.charts import Axis, Point, Series, Shift, axis, bar_chart, line_chart, scatter_chart, shift_chart
 from lehr.report.data import SCATTER_POINTS, collect
@@ -63,7 +65,7 @@ def page(run: Run) -> str:
     return render_report(run)
 
 
-SECTIONS = {"target", "geometry", "selections", "domains", "training", "samples", "rejects", "lineage"}
+SECTIONS = {"target", "geometry", "selections", "domains", "compared", "training", "samples", "rejects", "lineage"}
 
 
 def test_page_has_every_section_and_nests(page: str) -> None:
@@ -97,6 +99,19 @@ def test_page_loads_and_runs_nothing(page: str) -> None:
     assert "url(" not in page and "@import" not in page and "http://" not in page and "https://" not in page
     policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_a_comparison_shows_every_arm_its_interval_and_verdict(run: Run, page: str) -> None:
+    found = read_comparison(run, "anneal")
+    assert "against match:random, 3 seeds, 1,000 tokens, 95% student interval" in page
+    for row in found.arms:
+        assert f"{row['eval_loss']:.4f}" in page
+        if not row["control"]:
+            assert f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}" in page
+            assert f"{row['verdict']}: {row['reason']}" in html.unescape(page)
+    # Two arms and three seeds in each of two charts.
+    section = page[page.index('<section id="compared">') : page.index('<section id="training">')]
+    assert section.count('r="3.5"/>') - 1 == 12  # and the key
 
 
 def test_hostile_text_is_shown_and_does_nothing(page: str) -> None:

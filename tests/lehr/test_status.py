@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import orjson
 import pytest
+from rich.console import Console
 
 from lehr.cli import main
 from lehr.status import LIVE_S, run_status, worker_status
+from lehr.status_page import status_page
+from schemas.declared import declare
 from schemas.run import Run
 from schemas.timings import Heartbeat
 from schemas.units import read_plan
@@ -37,9 +41,23 @@ def test_finished_run(tmp_path: Path) -> None:
     assert scoring.finished and scoring.units_done == scoring.units_total == 4
     assert (scoring.samples, scoring.rejected, scoring.missing, scoring.tokens_left) == (112, 20, (), 0)
     assert {stage.stage for stage in status.stages} == {
-        "plan", "scoring", "target", "score", "curvature", "select", "export", "train",
+        "plan", "scoring", "target", "score", "curvature", "select", "export", "train", "compare",
     }  # fmt: skip
     assert status.problems == ()
+    assert status.comparisons == ()
+
+
+def test_a_comparison_that_runs_says_how_many_trainings_have_finished(tmp_path: Path) -> None:
+    run = build_fake_run(tmp_path / "run")
+    spec = run.manifest("compare", "anneal").spec
+    Path(run.path(run.manifest_path("compare", "anneal"))).unlink()
+    Path(run.path(run.manifest_path("train", "full"))).unlink()
+    declare(run.path(f"{run.comparison_folder('anneal')}/spec.json"), "comparison", "anneal", spec)
+    (found,) = run_status(run).comparisons
+    assert (found.name, found.trained, found.trainings) == ("anneal", 6, 9)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(status_page(run_status(run)))
+    assert "comparison anneal: 6 of 9 trainings finished, not started" in console.export_text()
 
 
 def test_running_scoring_counts_what_stands(tmp_path: Path) -> None:

@@ -368,6 +368,41 @@ def test_journal_that_does_not_add_up_is_found(run: Run, table: str, column: str
     assert any(message in problem for problem in failures(run)["journal of full"])
 
 
+@pytest.mark.parametrize(
+    ("file", "table", "column", "value", "message"),
+    [
+        ("trainings", "arm_trainings", "eval_loss", 1.0, "eval_loss is 1.0, the training says"),
+        ("trainings", "arm_trainings", "seed", 7, "its trainings are not those that the comparison declares"),
+        ("trainings", "arm_trainings", "guard_loss", 9.0, "guard_loss, guard_difference"),
+        ("arms", "arms", "difference_low", -9.0, "difference_low do not follow from the trainings"),
+        ("arms", "arms", "verdict", "reject", "its verdicts are not those of arms.parquet"),
+    ],
+)
+def test_comparison_that_does_not_follow_from_its_trainings_is_found(
+    run: Run, file: str, table: str, column: str, value: object, message: str
+) -> None:
+    path = f"comparisons/anneal/{file}.parquet"
+    original = read_table(run.path(path), schema=table)
+    values = original[column].to_pylist()
+    where = next(i for i, row in enumerate(original.to_pylist()) if row["arm"] == "match:full")
+    assert values[where] != value
+    values[where] = value
+    number = original.column_names.index(column)
+    field = original.schema.field(column)
+    changed = original.set_column(number, field, pa.array(values, field.type))
+    footer, _ = read_footer(run.path(path))
+    replace_part(run, "compare", "anneal", path, changed, footer)
+    assert any(message in problem for problem in failures(run)["comparison anneal"])
+
+
+def test_comparison_of_a_training_that_was_made_again_is_found(run: Run) -> None:
+    edit_manifest(run, "train", "full", summary={**run.manifest("train", "full").summary, "eval_loss": 0.5})
+    assert "the training says 0.5" in failures(run)["comparison anneal"][0]
+    Path(run.path(run.manifest_path("train", "full"))).unlink()
+    found = failures(run)
+    assert "no train/full stands in this run" in found["lineage of compare/anneal"][0]
+
+
 def test_damaged_checkpoint_is_named(run: Run) -> None:
     weights = next(Path(run.url, "trainings/full/checkpoints").rglob("model.safetensors"))
     weights.write_bytes(b"weights of a fake nodel")

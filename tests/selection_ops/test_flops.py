@@ -49,7 +49,8 @@ def test_a_token_meets_the_chosen_experts_only() -> None:
     size = model_size(MixtralForCausalLM(config))
     attention = 2 * (32 * 32 * 2 + 32 * 16 * 2)
     experts, router = 2 * 2 * 3 * 32 * 48, 2 * 4 * 32
-    assert size == ModelSize(parameters=attention + experts + router + 400 * 32, attention=2 * 32)
+    total = attention + experts + router + 400 * 32
+    assert size == ModelSize(parameters=total, trained_parameters=total, attention=2 * 32)
 
 
 def test_a_tied_head_counts_once_and_a_free_table_not_at_all() -> None:
@@ -59,8 +60,24 @@ def test_a_tied_head_counts_once_and_a_free_table_not_at_all() -> None:
 
 
 def test_costs_add_over_samples_and_grow_with_their_squares() -> None:
-    size = ModelSize(parameters=10, attention=3)
+    size = ModelSize(parameters=10, trained_parameters=10, attention=3)
     assert size.trained([2, 5]) == size.trained([2]) + size.trained([5])
     assert size.trained([5]) == 6 * 10 * 5 + 12 * 3 * 25
     assert size.scored([5]) == 4 * 10 * 5 + 12 * 3 * 25
     assert size.formed([5]) == size.trained([5]) - size.scored([5])
+
+
+def test_an_adapter_spares_the_gradients_of_what_is_frozen() -> None:
+    from tests.tiny import tiny_llama
+    from trainer.lora import add_lora
+
+    model = add_lora(tiny_llama(), rank=4, alpha=8, dropout=0, targets=(), seed=0)
+    size = model_size(model)
+    base = model_size(tiny_llama())
+    assert size.parameters - base.parameters == size.trained_parameters
+    ids_BT = torch.arange(LENGTH)[None] % 50 + 3
+    model.base_model.model.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter:
+        table = model.get_input_embeddings()
+        model(inputs_embeds=table(ids_BT).detach().requires_grad_(True)).logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(size.trained([LENGTH]), rel=0.01)

@@ -171,7 +171,7 @@ def test_a_package_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_flops_of_a_step_by_mode() -> None:
-    size = ModelSize(parameters=100, attention=2)
+    size = ModelSize(parameters=100, trained_parameters=60, attention=2)
     given: dict[str, Any] = {"offered": [3, 4, 5], "kept": [4], "target": [6]}
     plain = step_flops(size, mode="plain", sketched_target=False, **given)
     assert (plain.total, plain.selection) == (size.trained([4]), 0)
@@ -180,13 +180,24 @@ def test_flops_of_a_step_by_mode() -> None:
     assert two.selection == two.total - plain.total
     one = step_flops(size, mode="one-pass", sketched_target=True, **given)
     assert one.total == size.scored([6]) + size.scored([3, 4, 5]) + size.formed([4])
-    assert one.selection == size.scored([6]) + size.scored([3, 5])
-    other = ModelSize(parameters=7, attention=1)
-    measured = step_flops(
-        size, mode="plain", sketched_target=False, measured=given["offered"], reference=other, **given
-    )
-    assert measured.selection == size.forward([3, 4, 5]) + other.forward([3, 4, 5])
-    assert measured.total == plain.total + measured.selection
+    assert size.trained([4]) == size.scored([4]) + size.formed([4])
+    assert one.selection == pytest.approx(size.scored([6]) + size.scored([3, 5]))
+    other = ModelSize(parameters=7, trained_parameters=0, attention=1)
+    by_loss = step_flops(size, mode="plain", offered=[3, 4, 5], kept=[4], losses=True, reference=other)
+    assert by_loss.total == size.trained([4]) + size.forward([3, 4, 5]) + other.forward([3, 4, 5])
+    aligned = step_flops(size, mode="two-pass", exact_alignment=True, **given)
+    assert aligned.total - two.total == 2 * 100 * (3 + 4 + 5)
+    norms = step_flops(size, mode="two-pass", offered=[3, 4, 5], kept=[4])
+    assert norms.selection == size.scored([3, 4, 5])
+
+
+@pytest.mark.parametrize("policy,passes", [("loss", "forward"), ("grad-norm", "scored")])
+def test_selection_flops_of_policies_without_a_target(world: tuple[Run, Path], policy: str, passes: str) -> None:
+    run, folder = world
+    train(run, settings(folder, f"flops-{policy}", policy=policy, precondition="rank-one", steps=1))
+    (row,) = journal(run, f"flops-{policy}", "timings")
+    lengths = [d["tokens"] for d in journal(run, f"flops-{policy}", "decisions")]
+    assert row["selection_flops"] == pytest.approx(getattr(model_size(tiny_llama()), passes)(lengths))
 
 
 def test_the_journal_holds_flops_utilisation_and_memory(world: tuple[Run, Path]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
-from trainer.loggers.base import Begun, Progress, logger
+from trainer.loggers.base import Begun, LoggerType, Progress, logger
 
 
 def duration(seconds: float) -> str:
@@ -102,3 +103,52 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.stop()
+
+
+class Overview:
+    """Bars over many trainings, on standard error: how many have finished, and the figures of the one that runs."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._bar: Any = Progress(*columns, console=Console(stderr=True, markup=False, emoji=False))
+        self._whole = self._bar.add_task("trainings", total=None)
+        self._one: Any = None
+
+    def __enter__(self) -> Overview:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def trainings(self, done: int, total: int) -> None:
+        """So many trainings have finished."""
+        self._bar.update(self._whole, completed=done, total=total, description=f"{done} of {total} trainings")
+
+    def logger(self, label: str) -> LoggerType:
+        """A logger that shows a training in the second bar."""
+        return functools.partial(_Labelled, self, label)
+
+    def show(self, text: str, share: float) -> None:
+        """Move the second bar."""
+        if self._one is None:
+            self._one = self._bar.add_task("", total=1.0)
+        self._bar.update(self._one, completed=share, description=text)
+
+
+class _Labelled:
+    """One of many trainings."""
+
+    def __init__(self, overview: Overview, label: str, begun: Begun) -> None:
+        self._overview, self._label, self._figures = overview, label, Figures()
+        overview.show(f"{label}: starting", 0.0)
+
+    def step(self, event: Progress) -> None:
+        """Show its figures."""
+        self._overview.show(f"{self._label}: {self._figures.line(event)}", event.share)
+
+    def close(self) -> None:
+        """The next one takes the bar over."""
