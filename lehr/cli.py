@@ -19,6 +19,7 @@ VERBS = {
     "select": "choose the samples worth training on",
     "export": "write the selection as ranked WebDataset shards",
     "train": "train on a ranked stream, choosing again at every step",
+    "branch": "train from one checkpoint on each of several streams",
     "compare": "train arms on equally many tokens and say which is worth it",
     "audit": "ask questions about a run in SQL",
     "report": "write a run as one HTML page",

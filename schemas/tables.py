@@ -245,6 +245,30 @@ def _steps() -> pa.Schema:
                 "1",
                 True,
             ),
+            _field(
+                "oracle_drop",
+                number,
+                "drop of the target batch's loss after one optimizer step on the kept, tried out from the same state",
+                "nats per token",
+                True,
+            ),
+            _field(
+                "oracle_random_drop", number, "the same, mean over random choices of as many", "nats per token", True
+            ),
+            _field(
+                "oracle_beaten",
+                number,
+                "share of those whose drop is smaller than that of the kept; ties half",
+                "1",
+                True,
+            ),
+            _field(
+                "oracle_correlation",
+                number,
+                "rank correlation of b'w - w'Kw / 2 and the real drop, over the kept and the random choices",
+                "1",
+                True,
+            ),
             _field("fallback", pa.string(), "which fallback acted, empty where none"),
             _field("padding_share", number, "padding among the tokens computed", "1"),
         ]
@@ -279,6 +303,7 @@ def _timings() -> pa.Schema:
             _field("seconds", pa.float64(), "wall time of the step, with the evaluation that followed it", "seconds"),
             _field("cpu_seconds", pa.float64(), "processor time of the same", "seconds"),
             _field("selection_seconds", pa.float64(), "wall time of choosing and weighting", "seconds"),
+            _field("oracle_seconds", pa.float64(), "wall time of the one-step oracle", "seconds"),
             _field("evaluation_seconds", pa.float64(), "wall time of the evaluation on the held-out set", "seconds"),
             _field(
                 "flops",

@@ -19,11 +19,19 @@ from torch import nn
 from selection_ops.batching import Segments
 from selection_ops.losses import head_gradient
 from selection_ops.recording import ModuleTape, Records, on_gradient
-from selection_ops.sites import Forward, MatrixParameter, Parameter
+from selection_ops.sites import Forward, MatrixParameter, Parameter, Site
 from selection_ops.sites.layout import CallLayout
 
 _Form = Callable[[torch.Tensor], torch.Tensor]
 """From the weights of the samples [B] to a part of the weighted gradient: [O, I] of a matrix, flat of a small parameter."""
+
+
+_Pairs = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _index(part: Parameter) -> str:
+    """Which matrix of a packed parameter."""
+    return part.name.partition(".")[2]
 
 
 class HeldBatch:
@@ -33,6 +41,7 @@ class HeldBatch:
         self._length, self._segments = length, segments
         self._forms: list[tuple[str, Parameter, _Form]] = []
         self._storage: dict[int, int] = {}
+        self._pairs: dict[tuple[str, str], list[_Pairs]] = {}
 
     @property
     def bytes(self) -> int:
@@ -45,6 +54,15 @@ class HeldBatch:
         for tensor in held:
             storage = tensor.untyped_storage()
             self._storage[storage.data_ptr()] = storage.nbytes()
+
+    def add_pairs(self, parameter: str, part: Parameter, of_sample: _Pairs) -> None:
+        """What whole gradients of a matrix are formed from: of a sample's place in the batch, (output gradients, inputs) of its rows."""
+        self._pairs.setdefault((parameter, _index(part)), []).append(of_sample)
+
+    def pairs(self, site: Site, place: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(output gradients [t, O], inputs [t, I]) of every use that a sample made of a matrix; its gradient is the sum of their products."""
+        found = self._pairs.get((site.parameter, _index(site.shape)), [])
+        return [pair for pair in (of_sample(place) for of_sample in found) if len(pair[0])]
 
     def rows(self, weight_B: torch.Tensor, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Weights of the rows [n] of a tensor of tokens, which lie along `axis`, once all but its last axis are one.
@@ -130,7 +148,14 @@ class HeldTape:
                 weight_n = held.rows(weight_B[samples], delta, axis)
                 return _outer(delta.reshape(-1, delta.shape[-1]), shared.reshape(-1, shared.shape[-1]), weight_n)
 
+            def of_sample(place: int) -> tuple[torch.Tensor, torch.Tensor]:
+                shared = inputs.expand(delta.shape[0], *inputs.shape[1:]) if len(inputs) < len(delta) else inputs
+                here = torch.arange(samples.start, samples.stop, device=delta.device)
+                mine_n = torch.nonzero(held.rows(here, delta, axis) == place)[:, 0]
+                return delta.reshape(-1, delta.shape[-1])[mine_n], shared.reshape(-1, shared.shape[-1])[mine_n]
+
             held.add(*self._parts[name], form, delta, inputs)
+            held.add_pairs(*self._parts[name], of_sample)
 
         on_gradient(output, arrive)
 
@@ -171,7 +196,13 @@ class HeldTape:
             def form(weight_B: torch.Tensor) -> torch.Tensor:
                 return _outer(delta_nO, inputs_nI, held.tokens(weight_B[samples], token_n))
 
+            def of_sample(place: int) -> tuple[torch.Tensor, torch.Tensor]:
+                here = torch.arange(samples.start, samples.stop, device=delta_nO.device)
+                mine_n = torch.nonzero(held.tokens(here, token_n) == place)[:, 0]
+                return delta_nO[mine_n], inputs_nI[mine_n]
+
             held.add(*self._parts[name], form, delta_nO, inputs_nI)
+            held.add_pairs(*self._parts[name], of_sample)
 
         on_gradient(output_nO, arrive)
 

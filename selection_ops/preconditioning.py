@@ -23,7 +23,7 @@ from selection_ops.model import causal_model
 from selection_ops.muon import SidedFactor
 from selection_ops.optimizer_state import AdamNumbers, OptimizerState
 from selection_ops.rank_one import fit_rank_one
-from selection_ops.second_moment import FLOOR_SHARE
+from selection_ops.second_moment import FLOOR_SHARE, RootScale, multiply
 from selection_ops.sites import MatrixParameter, search
 
 
@@ -104,6 +104,46 @@ class LessForm:
         top_OI = self.beta1 * first_OI + (1.0 - self.beta1) * gradient_OI
         root_OI = (self.beta2 * second_OI + (1.0 - self.beta2) * gradient_OI.square() + self.eps).sqrt()
         return top_OI / root_OI * loss_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteForm:
+    """A power of P for one matrix, without a fit; one of its fields is set, or none for P = 1."""
+
+    scalar: float = 1.0
+    sided: SidedFactor | None = None
+    less: LessForm | None = None
+    second_OI: Tensor | None = None
+    """AdamW's second moment; `scale` and `power` say how P comes from it."""
+    scale: RootScale | None = None
+    power: float = 0.0
+
+    def apply(self, gradient_OI: Tensor, loss_tokens: int = 1) -> Tensor:
+        """P^power of a gradient; may overwrite it."""
+        if self.sided is not None:
+            gradient_OI = self.sided.apply(gradient_OI)
+        self.multiply(gradient_OI[None], slice(0, len(gradient_OI)), [loss_tokens])
+        return gradient_OI
+
+    def factors(self, left_tO: Tensor, right_tI: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors whose product is multiplied from one side."""
+        if self.sided is None:
+            return left_tO, right_tI
+        matrix = self.sided.matrix.to(left_tO.dtype)
+        return (left_tO @ matrix, right_tI) if self.sided.from_left else (left_tO, right_tI.to(matrix.dtype) @ matrix)
+
+    def multiply(self, block_SoI: Tensor, rows: slice, loss_tokens: Sequence[int]) -> None:
+        """Multiply rows of the gradients of some samples entry by entry, in place; not from a side."""
+        if self.scalar != 1.0:
+            block_SoI *= self.scalar
+        if self.less is not None:
+            part = dataclasses.replace(
+                self.less, first_OI=self.less.first_OI[rows], second_OI=self.less.second_OI[rows]
+            )
+            for place, count in enumerate(loss_tokens):
+                block_SoI[place] = part.apply(block_SoI[place], float(count))
+        if self.second_OI is not None and self.scale is not None:
+            multiply(block_SoI, self.second_OI[rows], self.scale, self.power)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,9 +82,9 @@ def inverse_power(root: Tensor, power: float) -> Tensor:
     return root.reciprocal_() if power == 1.0 else root.pow_(-power)
 
 
-def multiply(gradient_OI: Tensor, second_OI: Tensor, scale: RootScale, power: float) -> None:
-    """Multiply a gradient by P^power, elementwise, in place."""
+def multiply(gradient_SOI: Tensor, second_OI: Tensor, scale: RootScale, power: float) -> None:
+    """Multiply gradients of some samples by P^power, elementwise, in place."""
     if is_turned(second_OI):
-        gradient_OI, second_OI = gradient_OI.T, second_OI.T
+        gradient_SOI, second_OI = gradient_SOI.transpose(1, 2), second_OI.T
     for rows, root in root_blocks(second_OI, scale):
-        gradient_OI[rows] *= inverse_power(root, power).mul_(scale.numerator**power)
+        gradient_SOI[:, rows] *= inverse_power(root, power).mul_(scale.numerator**power)

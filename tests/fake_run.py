@@ -621,6 +621,7 @@ class _Builder:
                     "seconds": 1.5,
                     "cpu_seconds": 2.5,
                     "selection_seconds": 0.3,
+                    "oracle_seconds": 0.0,
                     "evaluation_seconds": 0.1,
                     "flops": 3e9,
                     "selection_flops": 1e9,

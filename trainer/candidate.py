@@ -9,6 +9,7 @@ import dataclasses
 
 from selection_ops.encoding import Encoded
 from selection_ops.online.metrics import Geometry
+from selection_ops.online.oracle import OracleReport
 from selection_ops.online.policies import Decision
 
 
@@ -59,7 +60,10 @@ class StepResult:
     geometry: Geometry | None = None
     sketched_target: bool = False
     """Whether the target's direction came from sketches, and no gradient of it was formed whole."""
+    oracle: OracleReport | None = None
+    """What the oracle found, at steps where it was asked."""
     selection_seconds: float = 0.0
+    oracle_seconds: float = 0.0
 
     @property
     def applied(self) -> bool:

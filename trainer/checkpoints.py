@@ -149,7 +149,7 @@ def write_checkpoint(
     return url, written
 
 
-def _verify(url: str) -> None:
+def verify_checkpoint(url: str) -> None:
     """Raise `CorruptFile` with the reason where a checkpoint folder is not whole."""
     try:
         record = orjson.loads(read_bytes(join(url, MANIFEST_FILE)))
@@ -171,7 +171,7 @@ def latest_checkpoint(folder_url: str) -> str | None:
             continue
         url = join(folder_url, name)
         try:
-            _verify(url)
+            verify_checkpoint(url)
         except CorruptFile as error:
             log.warning("%s is torn and passed over: %s", url, error)
             continue

@@ -1,4 +1,4 @@
-"""What a training takes from one before it in the same run."""
+"""The journal of a training before, and the schedule that is refined from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def refined_schedule(run: Run, settings: TrainSettings) -> tuple[Refined, str]:
     """
     name = settings.schedule_from
     column, power = _NORMS[settings.schedule_norm]
-    steps = _steps(run, name, run.manifest("train", name).parts)
+    steps = read_steps(run, name, run.manifest("train", name).parts)
     if column not in steps.column_names or steps[column].null_count:
         raise InputError(
             f"the journal of training {name!r} holds no {column}; use another schedule_norm, or train it again"
@@ -39,7 +39,7 @@ def refined_schedule(run: Run, settings: TrainSettings) -> tuple[Refined, str]:
     return refined, fingerprint([norms, starts])
 
 
-def _steps(run: Run, training: str, parts: Sequence[Part]) -> pa.Table:
+def read_steps(run: Run, training: str, parts: Sequence[Part]) -> pa.Table:
     """Rows of the steps of a training, in order, from the parts that vouch for them."""
     prefix = f"{run.training_folder(training)}/steps/"
     listed = sorted((part for part in parts if part.path.startswith(prefix)), key=lambda part: part.path)

@@ -14,9 +14,9 @@ from schemas.errors import InputError
 from selection_ops.engine import GradientEngine
 from selection_ops.model import causal_model
 from selection_ops.online.metrics import Metric, get_metric
-from selection_ops.preconditioning import LessForm, Preconditioner
+from selection_ops.preconditioning import Preconditioner, SiteForm
 from selection_ops.rank_one import fit_rank_one_adamw
-from selection_ops.second_moment import RootScale, multiply
+from selection_ops.second_moment import RootScale
 from selection_ops.sites import MatrixParameter, Site
 from trainer.live_optimizer import Asked, LiveOptimizer
 
@@ -86,8 +86,8 @@ class LivePreconditioner:
                 elif kind == "less":
                     less[name] = self._live.less(site, weight)
                 elif kind == "adamw" and not folded:
-                    exact[name] = torch.ones(site.shape.outputs, site.shape.inputs).to(weight)
-                    self._multiply(site, exact[name], power)
+                    ones_OI = torch.ones(site.shape.outputs, site.shape.inputs).to(weight)
+                    exact[name] = self.form(site, power).apply(ones_OI)
                 elif kind != "adamw":
                     factor = self._live.scalar(weight) ** power
                     outputs[name] = torch.full((site.shape.outputs,), factor, dtype=torch.float64)
@@ -105,22 +105,19 @@ class LivePreconditioner:
                         inputs.pop(name, None)
         return Preconditioner(outputs=outputs, inputs=inputs, exact=exact, sided=sided, less=less)
 
-    def apply(self, site: Site, gradient_OI: Tensor, power: float, loss_tokens: float = 1.0) -> Tensor:
-        """P^power of a dense gradient of one site, exactly; may overwrite it."""
+    def form(self, site: Site, power: float) -> SiteForm:
+        """P^power of one site, without a fit."""
         kind, weight = self._kinds.get(site.parameter, "none"), self._weights[site.parameter]
         if not power or kind == "none":
-            return gradient_OI
+            return SiteForm()
         if kind == "muon":
-            return self._live.sided(site, weight, power).apply(gradient_OI)
+            return SiteForm(sided=self._live.sided(site, weight, power))
         if kind == "less":
-            return self._less(site).apply(gradient_OI, loss_tokens)
+            return SiteForm(less=self._live.less(site, weight))
         if kind == "scalar":
-            return gradient_OI * self._live.scalar(weight) ** power
-        self._multiply(site, gradient_OI, power)
-        return gradient_OI
-
-    def _less(self, site: Site) -> LessForm:
-        return self._live.less(site, self._weights[site.parameter])
+            return SiteForm(scalar=self._live.scalar(weight) ** power)
+        second_OI, scale = self._second(site)
+        return SiteForm(second_OI=second_OI, scale=scale, power=power)
 
     def _second(self, site: Site) -> tuple[Tensor, RootScale]:
         """The second moment of a site's matrix and how P comes from it; its floor is taken over the whole parameter."""
@@ -129,7 +126,3 @@ class LivePreconditioner:
             self._scales[site.parameter] = self._live.scale(weight)
         assert isinstance(site.shape, MatrixParameter)
         return site.shape.matrix(self._live.second_moment(weight)), self._scales[site.parameter]
-
-    def _multiply(self, site: Site, gradient_OI: Tensor, power: float) -> None:
-        second_OI, scale = self._second(site)
-        multiply(gradient_OI, second_OI, scale, power)

@@ -127,9 +127,12 @@ class _Training:
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
             preconditioner=settings.preconditioner,  # type: ignore[arg-type]
+            gram=settings.gram,  # type: ignore[arg-type]
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             processes=processes,
+            oracle_every=settings.oracle_every,
+            oracle_draws=settings.oracle_draws,
         )
         self.evaluated = StepBatches(
             batch_tokens=settings.batch_tokens,
@@ -244,10 +247,11 @@ class _Training:
             "seconds": ends - wall,
             "cpu_seconds": time.process_time() - processor,
             "selection_seconds": result.selection_seconds,
+            "oracle_seconds": result.oracle_seconds,
             "evaluation_seconds": ends - evaluating,
             "flops": flops.total,
             "selection_flops": flops.selection,
-            "mfu": flops.total / (evaluating - wall) / (self.peak_flops * self.processes.count),
+            "mfu": flops.total / (evaluating - wall - result.oracle_seconds) / (self.peak_flops * self.processes.count),
             "peak_memory": peak_memory(self.device),
         }
         self.journal.record(row, decision_rows(result, offered), timing)
@@ -262,12 +266,12 @@ class _Training:
             self.size,
             mode=result.mode,
             offered=[item.tokens for item in offered],
+            measured=[item.tokens for item in offered] if self.online.measures_losses else [],
+            reference=self.reference_size,
             kept=[offered[index].tokens for index in result.decision.kept],
             target=[len(item.ids) for item in target],
             sketched_target=result.sketched_target,
             exact_alignment=self.settings.alignment == "exact" and bool(target),
-            losses=result.mode == "plain" and self.online.policy.needs_losses,
-            reference=self.reference_size,
         )
 
     def finish(self) -> dict[str, Any]:
@@ -298,6 +302,8 @@ class _Training:
                 name: {"steps": count, "eval_loss": state.average_eval_loss.get(name), "model": f"{relative}/{name}"}
                 for name, count in state.averaged.items()
             }
+        if self.ready.parent:
+            summary["from"] = self.ready.parent
         if self.settings.merge:
             summary["merged"] = f"{relative}/merged"
         manifest = Manifest(
@@ -372,7 +378,7 @@ class _Training:
 
     def _target_batch(self, number: int) -> list[Encoded]:
         target = self.ready.target
-        if not self.online.policy.needs_sketches:
+        if not self.online.wants_target(number):
             return []
         order = shuffled_ranks(self.settings.seed + 1, len(target), number)
         return [target[index] for index in order[: self.settings.target_batch]]

@@ -35,24 +35,23 @@ def step_flops(
     target: Sequence[int] = (),
     sketched_target: bool = False,
     exact_alignment: bool = False,
-    losses: bool = False,
+    measured: Sequence[int] = (),
     reference: ModelSize | None = None,
 ) -> StepFlops:
     """FLOPs of a step in `mode` over candidates, kept and target samples of these lengths, in tokens.
 
-    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient; `exact_alignment`, that candidates were aligned
-    with that; `losses`, that a mode
-    without sketches took the candidates' losses first; `reference` is the model whose losses they were compared with.
+    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient; `exact_alignment`, that
+    candidates were aligned with that. Losses of `measured` were taken before the choice by a forward pass; those of `offered` under a
+    `reference` model too.
     """
     trained = size.trained(kept)
-    total = trained + (size.forward(offered) if losses else 0.0)
-    if mode != "plain":
-        compared = size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
-        if exact_alignment:
-            compared += size.aligned(offered)
-        total = compared + (size.formed(kept) if mode == "one-pass" else trained)
-    if reference is not None:
-        total += reference.forward(offered)
+    compared = size.forward(measured) + (reference.forward(offered) if reference is not None else 0.0)
+    if mode == "plain":
+        return StepFlops(total=compared + trained, selection=compared)
+    compared += size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
+    if exact_alignment:
+        compared += size.aligned(offered)
+    total = compared + (size.formed(kept) if mode == "one-pass" else trained)
     return StepFlops(total=total, selection=total - trained)
 
 

@@ -28,6 +28,7 @@ from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
 from trainer.modes import Mode, choose_mode
 from trainer.parallel import OneProcess, local_device
+from trainer.parent import find_parent, go_on, inherit
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.stream import Offered, RankedStream, StreamReading, read_beside, stream_url
@@ -52,6 +53,8 @@ class Prepared:
     mode: Mode
     schedule: Schedule
     sizes: BatchSchedule
+    parent: str
+    """Checkpoint of another training that this one started from, if it did."""
     choices: dict[str, str]
     """What was decided and why, in words."""
     reference: Any
@@ -98,15 +101,26 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     resolved = resolve_options(settings.policy, settings.policy_options())
     processes = processes or OneProcess()
     policy = make_policy(settings.policy, settings.policy_options())
+    parent = find_parent(run, settings.start_from) if settings.start_from else None
+    if parent is not None:
+        settings = inherit(run, settings, parent)
     if not settings.model:
-        raise InputError("name the model to train with --model")
+        raise InputError("name the model to train with --model, or a training to start from with --from")
     stream = open_stream(run, settings)
     index = stream.index
-    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}")
+    branch = f"-from-{parent.training}-{parent.state.step}" if parent is not None else ""
+    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}{branch}")
+    if parent is not None and settings.from_cursor:
+        go_on(stream, parent)
     if policy.needs_sketches and not index.target:
         raise InputError(
             f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
             "export a selection made for a target, or train with a policy that compares nothing, such as --policy full or random"
+        )
+    if settings.oracle_every and not index.target:
+        raise InputError(
+            f"the oracle measures the loss of target samples, and the stream at {stream.url} holds none: export a selection made for a "
+            "target, or leave --oracle-every out"
         )
     if policy.needs_reference_losses and not settings.reference_model:
         raise InputError(
@@ -146,6 +160,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             attention=attention,
             mode=mode,
             schedule_from=norms,
+            start_from=parent.fingerprint if parent is not None else "",
         )
     )
     place = run.path(f"{run.training_folder(name)}/spec.json")
@@ -157,11 +172,11 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
-    total_steps = sizes.steps(len(stream), settings.steps)
+    total_steps = sizes.steps(len(stream) - stream.position, settings.steps)
     if total_steps < settings.steps:
         log.warning(
-            "the stream holds %d samples: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
-            len(stream),
+            "the stream holds %d samples from here on: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
+            len(stream) - stream.position,
             total_steps,
             settings.batch_schedule or settings.candidates,
             settings.steps,
@@ -189,6 +204,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         ),
         reference=reference.model if reference is not None else None,
         sizes=sizes,
+        parent=parent.name if parent is not None else "",
         total_steps=total_steps,
     )
 

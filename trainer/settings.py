@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from schemas.errors import InputError
 from selection_ops.online.options import PolicyOptions
@@ -28,6 +30,12 @@ class TrainSettings:
     """Folder, URL or hub id of the causal language model to start from, or of a PEFT LoRA adapter to go on with."""
     revision: str = ""
     """Revision of a hub model."""
+    start_from: Annotated[str, tyro.conf.arg(aliases=["--from"])] = ""
+    """Training of this run to branch off, `NAME` or `NAME@STEP`: its weights in that checkpoint take the place of `model`."""
+    from_optimizer: bool = True
+    """Start with the moments of that checkpoint, too."""
+    from_cursor: bool = False
+    """Go on in the stream where that training stood; it must be the same stream in the same order."""
     name: str = ""
     """Name of the training; by default the name of the stream and the policy."""
 
@@ -84,12 +92,20 @@ class TrainSettings:
     precondition: str = "auto"
     """How gradients pass AdamW's P: `exact` (elementwise, on whole gradients), `rank-one` (a separable fit, made anew at every step, folded
     into the projections; less time), or `auto` (exact where it is the target's alone, else rank one)."""
+    gram: str = "sketched"
+    """Interactions of candidates: of their sketches, or exact, from whole gradients formed layer by layer from what one pass holds, of the
+    `survivors` of the filter alone (for their weights) or of all candidates (`exact`)."""
     alignment: str = "sketched"
     """How a candidate is aligned with the target: by their sketches, or `exact` (token by token with the target's whole gradient; the time of
     a forward pass over the candidates)."""
     batch_schedule: str = ""
     """Sizes that change over the training, as `share:candidates/n_keep` points such as `0:16/8,0.5:32/16`; each holds from its share of
     the training on, and `candidates` and `n_keep` before the first."""
+    oracle_every: int = 0
+    """Steps between those at which the choice is tried out: the real drop of the target batch's loss after this step and after steps on
+    random choices of as many candidates, from the same state. Changes nothing but the journal; costs a step per try. 0 never does."""
+    oracle_draws: int = 8
+    """Random choices that the oracle tries out."""
     selection_weights: bool = True
     """Multiply step weights by the stream's selection weights."""
 
@@ -126,7 +142,11 @@ class TrainSettings:
     schedule_smoothing: float = 0.1
     """Window of the median filter over those norms, as a share of their steps."""
     warmup_steps: int = 0
-    """Steps over which the learning rate is raised from zero, on top of the schedule."""
+    """Steps over which the learning rate is raised, on top of the schedule."""
+    warmup_from: float = 0.0
+    """Share of the scheduled rate that the warm-up starts from."""
+    rewarm: bool = False
+    """Start the warm-up at the learning rate that the training of `start_from` had reached."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, of parameters with at least two dimensions."""
     beta1: float = 0.9
@@ -211,6 +231,14 @@ class TrainSettings:
         self.sizes()
         if bool(self.schedule_from) != (self.schedule == "refined"):
             raise InputError("schedule refined and schedule_from belong together: give both or neither")
+        if self.from_cursor and not self.start_from:
+            raise InputError("from_cursor goes on where another training stood: name that one with start_from")
+        if self.rewarm and not (self.start_from and self.warmup_steps and self.lr):
+            raise InputError(
+                "rewarm rises from the rate of another training: give start_from, warmup_steps and a positive lr"
+            )
+        if self.rewarm and self.warmup_from:
+            raise InputError("give rewarm or warmup_from, not both: each says where the warm-up starts")
         if self.schedule_norm not in NORMS:
             raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
         if not 0 <= self.schedule_smoothing <= 1:
@@ -255,6 +283,7 @@ class TrainSettings:
             decay_from=self.decay_from,
             half_life=self.half_life,
             warmup_steps=self.warmup_steps,
+            warmup_from=self.warmup_from,
             refined=refined,
         )
 
@@ -276,6 +305,9 @@ EXECUTION = frozenset(
         "revision",
         "optimizer_state",
         "schedule_from",
+        "start_from",
+        "from_optimizer",
+        "rewarm",
         "reference_model",
         "checkpoint_every",
         "keep_checkpoints",
@@ -299,6 +331,7 @@ _KNOWN = {
     "precondition": ("auto", "exact", "rank-one"),
     "preconditioner": ("auto", "adamw", "muon", "scalar", "none", "less"),
     "alignment": ("sketched", "exact"),
+    "gram": ("sketched", "survivors", "exact"),
 }
 
 _AT_LEAST = {
@@ -307,6 +340,8 @@ _AT_LEAST = {
     "target_batch": 1,
     "warmup_select": 1,
     "proj_rank": 1,
+    "oracle_every": 0,
+    "oracle_draws": 1,
     "steps": 0,
     "token_budget": 0,
     "epochs": 1,

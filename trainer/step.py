@@ -10,6 +10,7 @@ Legend: N candidates, S kept, M target samples, K sketch dimension.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -23,11 +24,14 @@ from schemas.errors import InputError, LehrError
 from schemas.spec import PROJECTION_VERSION
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
+from selection_ops.exact_gram import exact_gram
 from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
+from selection_ops.online.filters import Draw
 from selection_ops.online.metrics import Diagnostics, Geometry, geometry, get_metric
 from selection_ops.online.options import PolicyOptions
+from selection_ops.online.oracle import OracleReport
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy, resolve_options
 from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
@@ -37,11 +41,13 @@ from trainer.live_optimizer import Asked
 from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
 from trainer.optimizers import AnyOptimizer
+from trainer.oracle import one_step_oracle
 from trainer.parallel import OneProcess
 from trainer.target_direction import TargetDirection, TargetPass
 
 _DEFAULTS = PolicyOptions()
-Exactness = Literal["sketched", "exact"]
+Alignment = Literal["sketched", "exact"]
+Gram = Literal["sketched", "survivors", "exact"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +84,12 @@ class OnlineStep:
         mode: Mode = "two-pass",
         precondition: Form = "auto",
         preconditioner: Asked = "auto",
-        alignment: Exactness = "sketched",
+        gram: Gram = "sketched",
+        alignment: Alignment = "sketched",
         reference_model: Any = None,
         processes: OneProcess | None = None,
+        oracle_every: int = 0,
+        oracle_draws: int = 8,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self._processes = processes = processes or OneProcess()
@@ -91,13 +100,14 @@ class OnlineStep:
         self._policies: dict[int, Policy] = {}
         self.metric = get_metric(options.metric)
         self.steps_taken = 0
+        self._oracle_every, self._oracle_draws = oracle_every, oracle_draws
         self._seed, self._clip = seed, clip
         self._selection_weights = selection_weights
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes)
         self.route = HeadRoute(model)
-        self._mode, self._warmup_select = mode, warmup_select
+        self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
@@ -118,6 +128,10 @@ class OnlineStep:
             self._preconditioner = LivePreconditioner(
                 model, self._engine, optimizer, self.metric, asked=preconditioner, form=precondition
             )
+            if gram != "sketched" and (mode != "one-pass" or processes.count > 1):
+                raise InputError(
+                    f"gram {gram} forms whole gradients from what one pass holds, in one process; use mode one-pass there, or gram sketched"
+                )
             exact = alignment == "exact"
             if exact and self._preconditioner.is_less:
                 raise InputError(
@@ -175,13 +189,14 @@ class OnlineStep:
                 target_loss = wanted.loss
                 if self._processes.leads:
                     space = geometry(metric.name, sketched.sketch_NK, wanted.sketch_K, sketched.align_N, wanted.square)
-        elif self.policy.needs_losses:
-            loss_N = self._losses(self.route, candidates)
+                    space = self._exactly(space, candidates, metric.candidate_power)
+        elif self.measures_losses:
+            loss_N = self._losses(self.route, [item.encoded for item in candidates])
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
             if bad:
                 raise LehrError(_not_finite(number, "loss", bad))
         if self._reference is not None:
-            reference_N = self._losses(self._reference, candidates)
+            reference_N = self._losses(self._reference, [item.encoded for item in candidates])
 
         def choose() -> tuple[Decision, Tensor]:
             decision = self._policy_of(n_keep).choose(
@@ -198,7 +213,7 @@ class OnlineStep:
                     norm_N=norm_N,
                 )
             )
-            return decision, self._final_weights(candidates, decision)
+            return decision, self._weights_of(candidates, decision.kept, decision.weight_S)
 
         decision, weight_S = self._processes.decide(choose, kinds=(Decision, Diagnostics))
         selecting = time.perf_counter() - started
@@ -208,6 +223,12 @@ class OnlineStep:
             weight_N[index] = weight
         loss = grad_norm = grad_norm_l1 = float("nan")
         clip_factor = 1.0
+        report: OracleReport | None = None
+        tried = 0.0
+        if kept and self._asks_oracle(number):
+            trying = time.perf_counter()
+            report = self._oracle(candidates, target, decision, weight_S, space, number)
+            tried = time.perf_counter() - trying
         if kept:
             if self._engine is not None and self._mode == "one-pass":
                 loss = self._form(candidates, weight_N, loss_N, number)
@@ -238,7 +259,9 @@ class OnlineStep:
             trained_tokens=sum(item.tokens for item in kept),
             geometry=space,
             sketched_target=wanted is not None and not wanted.formed,
+            oracle=report,
             selection_seconds=selecting,
+            oracle_seconds=tried,
         )
 
     def _policy_of(self, n_keep: int | None) -> Policy:
@@ -249,21 +272,69 @@ class OnlineStep:
             self._policies[n_keep] = make_policy(self._named, dataclasses.replace(self._options, n_keep=n_keep))
         return self._policies[n_keep]
 
-    def _final_weights(self, candidates: Sequence[Candidate], decision: Decision) -> Tensor:
-        weight_S = decision.weight_S
+    def _weights_of(self, candidates: Sequence[Candidate], places: Sequence[int], weight_S: Tensor) -> Tensor:
+        """Weights of a choice, with the stream's selection weights where they are asked for."""
         if self._selection_weights:
-            weight_S = normalise(
-                weight_S
-                * torch.tensor([candidates[index].selection_weight for index in decision.kept], dtype=torch.float64)
-            )
+            given_S = torch.tensor([candidates[place].selection_weight for place in places], dtype=torch.float64)
+            weight_S = normalise(weight_S * given_S)
         return weight_S
 
-    def _losses(self, route: HeadRoute, candidates: Sequence[Candidate]) -> list[float | None]:
-        """Losses of the candidates under a model, sums over their loss tokens, by a forward pass without dropout."""
-        loss_N = torch.zeros(len(candidates), dtype=torch.float64)
+    @property
+    def measures_losses(self) -> bool:
+        """Whether losses of the candidates are taken by a forward pass before the choice."""
+        return self.policy.needs_losses and self._engine is None
+
+    def wants_target(self, number: int) -> bool:
+        """Whether step `number` looks at target samples: a policy that compares with them does, and the oracle."""
+        return self.policy.needs_sketches or self._asks_oracle(number)
+
+    def _asks_oracle(self, number: int) -> bool:
+        return bool(self._oracle_every) and number % self._oracle_every == 0
+
+    def _oracle(
+        self,
+        candidates: Sequence[Candidate],
+        target: Sequence[Encoded],
+        decision: Decision,
+        weight_S: Tensor,
+        space: Geometry | None,
+        number: int,
+    ) -> OracleReport:
+        """What this step would do to the loss of `target`, and what random ones would; nothing changes."""
+        if not target:
+            raise InputError("the oracle measures the loss of target samples; give the step some")
+        tokens = sum(sum(item.loss_mask) for item in target)
+
+        def update(places: Sequence[int], weight_S: Tensor) -> None:
+            kept = [candidates[place] for place in places]
+            self._backward(kept, weight_S, number)
+            self._processes.sum_gradients(self._parameters)
+            self._clip_gradients(kept, number)
+            self.optimizer.step()
+
+        counted, self._batches = self._batches, copy.copy(self._batches)  # what is tried out is not part of the step
+        try:
+            return one_step_oracle(
+                self.model,
+                self.optimizer,
+                chosen=(decision.kept, weight_S),
+                draw=Draw(seed=self._seed, step=number, sample_ids=[item.sample_id for item in candidates]),
+                draws=self._oracle_draws,
+                loss_tokens_N=[item.loss_tokens for item in candidates],
+                weigh=lambda places: self._weights_of(candidates, places, torch.ones(len(places), dtype=torch.float64)),
+                update=update,
+                target_loss=lambda: sum(value or 0.0 for value in self._losses(self.route, target)) / tokens,
+                space=space,
+            )
+        finally:
+            self._batches = counted
+
+    def _losses(self, route: HeadRoute, items: Sequence[Encoded]) -> list[float | None]:
+        """Losses of samples under a model, sums over their loss tokens, by a forward pass without dropout."""
+        loss_N = torch.zeros(len(items), dtype=torch.float64)
         route.model.eval()
         with torch.no_grad():
-            for indices, batch in self._batches([item.encoded for item in candidates]):
+            for indices, batch in self._batches(items):
                 with self._batches.arithmetic():
                     loss_B = route.sample_losses(batch)
                 loss_N[indices] = loss_B[: len(indices)].double().cpu()
@@ -291,6 +362,26 @@ class OnlineStep:
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
         return Sketched(sketch_NK=sketch_NK, loss_N=list(loss_N.tolist()), align_N=self._processes.sum(align_N))
+
+    def _exactly(self, space: Geometry, candidates: Sequence[Candidate], power: float) -> Geometry:
+        """With interactions from whole gradients, of all candidates, or of those that the policy asks for."""
+        assert self._engine is not None
+        sites, places = self._engine.matrix_sites, {}
+        for indices, batch in self._held:
+            places.update({index: (batch, place) for place, index in enumerate(indices)})
+
+        def gram(chosen: Sequence[int]) -> Tensor:
+            with torch.no_grad():
+                return exact_gram(
+                    [places[index] for index in chosen],
+                    sites,
+                    lambda site: self._preconditioner.form(site, power),
+                    [candidates[index].loss_tokens for index in chosen],
+                )
+
+        if self._gram == "exact":
+            return dataclasses.replace(space, gram_NN=gram(range(len(candidates))))
+        return dataclasses.replace(space, exact_gram=gram) if self._gram == "survivors" else space
 
     def _form(
         self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int

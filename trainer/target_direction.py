@@ -101,10 +101,10 @@ class TargetPass:
         for site in self._engine.matrix_sites:
             assert isinstance(site.shape, MatrixParameter)
             gradient_OI = site.shape.matrix(gradients[site.parameter])
-            moved_OI = self._preconditioner.apply(site, gradient_OI, metric.target_power)
+            moved_OI = self._preconditioner.form(site, metric.target_power).apply(gradient_OI)
             if self._exact:
                 square += float(moved_OI.square().sum(1).double().sum())
-                whole[site.name] = self._preconditioner.apply(site, moved_OI, metric.candidate_power)
+                whole[site.name] = self._preconditioner.form(site, metric.candidate_power).apply(moved_OI)
             else:
                 pieces.append(self._engine.project_matrix(site.name, moved_OI).flatten())
         if self._preconditioner.is_less and not self._processes.leads:

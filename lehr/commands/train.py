@@ -39,6 +39,7 @@ class Command:
                     ("ended by", summary["ended"]),
                     ("trained tokens", summary["trained_tokens"]),
                     ("offered tokens", summary["offered_tokens"]),
+                    *([("from", summary["from"])] if "from" in summary else []),
                     ("held-out loss", _change(summary["initial_eval_loss"], summary["eval_loss"])),
                     ("fallbacks", summary["fallbacks"]),
                     ("model", run.path(summary["checkpoint"])),

@@ -20,7 +20,7 @@ Interval = Literal["student", "percentile", "bca"]
 
 ARM_OPTIONS = (
     *(field.name for field in dataclasses.fields(PolicyOptions)),
-    "candidates", "target_batch", "warmup_select", "proj_rank", "mode", "precondition", "preconditioner", "alignment",
+    "candidates", "target_batch", "warmup_select", "proj_rank", "mode", "precondition", "preconditioner", "alignment", "gram",
     "batch_schedule", "selection_weights", "generation", "epochs", "order",
 )  # fmt: skip
 """Options in which arms may differ, beside stream and policy: what is offered and chosen, not how the optimizer steps."""

@@ -8,6 +8,7 @@ sketch of P^target_power * v, v the gradient of the target's mean loss. Table: `
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def get_metric(name: str) -> Metric:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What one step's choice is made from, in float64 on the CPU; K and b come from the same sketches.
+    """What one step's choice is made from, in float64 on the CPU; K and b come from the same sketches, or either is exact.
 
     `target_square` is u'u, the scale of the matching error.
     """
@@ -59,6 +60,17 @@ class Geometry:
     gram_NN: Tensor
     align_N: Tensor
     target_square: float
+    exact_gram: Callable[[Sequence[int]], Tensor] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Exact interactions of some candidates, where they were asked for: what a filter has kept is then weighted by them."""
+
+    def refined(self, chosen: Sequence[int]) -> Geometry:
+        """The same with the exact interactions of `chosen` among one another in place of sketched ones, where they were asked for."""
+        if self.exact_gram is None or not chosen:
+            return self
+        index_S = torch.tensor(list(chosen))
+        gram_NN = self.gram_NN.clone()
+        gram_NN[index_S[:, None], index_S] = self.exact_gram(chosen)
+        return dataclasses.replace(self, gram_NN=gram_NN, exact_gram=None)
 
 
 def geometry(

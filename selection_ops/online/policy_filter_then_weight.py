@@ -45,6 +45,7 @@ class FilterThenWeight(Policy):
             fitting = [index for index in everything if candidates.tokens_N[index] <= (candidates.token_limit or 0)]
             wanted, score_N = self._filter(candidates, space, fitting)
         chosen = within_budget(wanted, candidates.tokens_N, candidates.token_limit)
+        space = space.refined(chosen)
         aligned = bool((space.align_N[torch.tensor(fitting, dtype=torch.long)] > 0).any())
         raw_S, alpha = self._weigh(space, chosen)
         fallback, scaled = "", True

@@ -183,8 +183,9 @@ def test_flops_of_a_step_by_mode() -> None:
     assert size.trained([4]) == size.scored([4]) + size.formed([4])
     assert one.selection == pytest.approx(size.scored([6]) + size.scored([3, 5]))
     other = ModelSize(parameters=7, trained_parameters=0, attention=1)
-    by_loss = step_flops(size, mode="plain", offered=[3, 4, 5], kept=[4], losses=True, reference=other)
-    assert by_loss.total == size.trained([4]) + size.forward([3, 4, 5]) + other.forward([3, 4, 5])
+    measured = step_flops(size, mode="plain", measured=given["offered"], reference=other, **given)
+    assert measured.selection == size.forward([3, 4, 5]) + other.forward([3, 4, 5])
+    assert measured.total == plain.total + measured.selection
     aligned = step_flops(size, mode="two-pass", exact_alignment=True, **given)
     assert aligned.total - two.total == 2 * 100 * (3 + 4 + 5)
     norms = step_flops(size, mode="two-pass", offered=[3, 4, 5], kept=[4])

@@ -29,9 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     return make_run(tmp_path_factory.mktemp("world"))
 
 
-def settings(model: Path, name: str, **changes: Any) -> TrainSettings:
+def settings(folder: Path, /, name: str, **changes: Any) -> TrainSettings:
     base: dict[str, Any] = {
-        "model": str(model),
+        "model": str(folder),
         "name": name,
         "policy": "full",
         "candidates": 8,

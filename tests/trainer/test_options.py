@@ -23,7 +23,7 @@ WEIGHTS = [1.0 + (row % 3) for row in range(24)]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     run, folder = make_run(tmp_path_factory.mktemp("options"), samples=24, weights=WEIGHTS)
-    train(run, settings(folder, "earlier", policy="full", epochs=4))
+    train(run, settings(folder, "earlier", policy="full", epochs=4, checkpoint_every=6))
     return run, folder
 
 
@@ -186,6 +186,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
             and a.decisions[8]["self_interaction"] != b.decisions[8]["self_interaction"]
         ),
     ),
+    "gram": (
+        {"mode": "one-pass"},
+        {"mode": "one-pass", "gram": "exact"},
+        # Other interactions, the same alignments.
+        lambda a, b: (
+            a.decisions[0]["self_interaction"] != b.decisions[0]["self_interaction"]
+            and a.decisions[0]["alignment"] == b.decisions[0]["alignment"]
+        ),
+    ),
     "alignment": (
         {},
         {"alignment": "exact"},
@@ -193,6 +202,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         lambda a, b: (
             a.decisions[0]["alignment"] != b.decisions[0]["alignment"]
             and a.decisions[0]["self_interaction"] == b.decisions[0]["self_interaction"]
+        ),
+    ),
+    "oracle_every": (
+        {},
+        {"oracle_every": 2},
+        lambda a, b: [[r["oracle_drop"] is None for r in x.steps] for x in (a, b)] == [[True] * 3, [True, False, True]],
+    ),
+    "oracle_draws": (
+        {"oracle_every": 1, "oracle_draws": 1},
+        {"oracle_every": 1, "oracle_draws": 5},
+        lambda a, b: (
+            a.steps[0]["oracle_drop"] == b.steps[0]["oracle_drop"]
+            and a.steps[0]["oracle_random_drop"] != b.steps[0]["oracle_random_drop"]
         ),
     ),
     "selection_weights": (
@@ -264,6 +286,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"policy": "full"},
         {"policy": "full", "warmup_steps": 2},
         lambda a, b: b.steps[0]["learning_rate"] == 0.0 and b.steps[2]["learning_rate"] == a.steps[2]["learning_rate"],
+    ),
+    "warmup_from": (
+        {"policy": "full", "warmup_steps": 2},
+        {"policy": "full", "warmup_steps": 2, "warmup_from": 0.5},
+        lambda a, b: (a.rates()[0], b.rates()[0], b.rates()[2]) == (0.0, 5e-3, a.rates()[2]),
+    ),
+    "from_cursor": (
+        {"policy": "full", "epochs": 4, "model": "", "start_from": "earlier@6"},
+        {"policy": "full", "epochs": 4, "model": "", "start_from": "earlier@6", "from_cursor": True},
+        lambda a, b: (
+            (len(a.steps), len(b.steps)) == (12, 6)
+            and [d["position"] for d in b.decisions] == [d["position"] for d in a.decisions][48:]
+        ),
     ),
     "weight_decay": (
         {"policy": "full"},
@@ -344,7 +379,7 @@ def test_option_changes_the_result_as_stated(outcome: Callable[..., Outcome], op
     if option == "lora_targets":
         return  # an adapter elsewhere is other parameters
     assert first.weights.keys() == second.weights.keys()
-    if option not in ("evaluate", "eval_every", "ema_decay", "average_tail"):
+    if option not in ("evaluate", "eval_every", "ema_decay", "average_tail", "oracle_every", "oracle_draws"):
         different = any(not torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
         assert different or first.kept() != second.kept()
 
@@ -452,6 +487,7 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"policy": "filter-then-weight", "metric": "natural", "preconditioner": "less"}, "takes a root"),
         ({"preconditioner": "newton"}, "auto, adamw, muon"),
         ({"alignment": "close"}, "sketched, exact"),
+        ({"gram": "close"}, "sketched, survivors, exact"),
         ({"weights": "softmax"}, "nnls, uniform"),
         ({"filter_score": "best"}, "decrease"),
         ({"candidates": 0}, "candidates must be at least 1"),

@@ -11,7 +11,9 @@ import torch
 
 from schemas.errors import InputError
 from selection_ops.encoding import Encoded
+from selection_ops.online.metrics import Geometry
 from selection_ops.online.options import PolicyOptions
+from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
 from tests.reference.gradients import projection
 from tests.reference.online import sample_gradients
 from tests.reference.preconditioning import adamw, less, log_rank_one, muon, power
@@ -189,6 +191,63 @@ def test_other_preconditioners_of_adam(asked: str, metric: str) -> None:
 def test_exact_alignments_take_no_projection(metric: str, optimizer: str, mode: str) -> None:
     """K stays that of sketches, through the exact P of the candidates."""
     compare("gpt2", metric, "exact", mode, optimizer=optimizer, alignment="exact")
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings"),
+    [
+        ("target", {}),
+        ("update", {}),
+        ("natural", {"optimizer": "muon"}),
+        ("opus", {"asked": "less"}),
+        ("opus", {"asked": "scalar"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_exact_interactions_take_no_projection(kind: str, metric: str, settings: dict[str, str]) -> None:
+    """From what one pass holds, through P without a fit."""
+    exactness = {"gram": "exact", **({} if settings.get("asked") == "less" else {"alignment": "exact"})}
+    compare(kind, metric, "exact", "one-pass", **settings, **exactness)
+
+
+def test_survivors_are_weighted_by_exact_interactions() -> None:
+    """The filter sees sketches; what it has kept sees the whole gradients of one another, and nothing else has changed."""
+    seen: list[Geometry] = []
+
+    class Watching(Policy):
+        needs_sketches = True
+
+        def choose(self, candidates: Candidates) -> Decision:
+            assert candidates.geometry is not None
+            seen[:] = [candidates.geometry, candidates.geometry.refined((4, 1))]
+            return inner.choose(candidates)
+
+    model = trainable()
+    optimizer = optimizer_of(model, "adamw")
+    options = PolicyOptions(n_keep=3)
+    inner = make_policy("filter-then-weight", options)
+    settings: dict[str, Any] = {"proj_rank": RANK, "dtype": "float64", "mode": "one-pass", "seed": SEED}
+    online = OnlineStep(model, optimizer, Watching(), options=options, gram="survivors", **settings)
+    candidates, target = offer(5), encoded(3, seed=1)
+    oracle = Oracle(model, optimizer, candidates, target, metric="sgd", form="exact")
+    (sketched, align, square), (exact, _, _) = oracle.geometry(), oracle.geometry(gram="exact")
+    result = online.step(candidates, target)
+    plain, refined = (item.gram_NN.numpy() for item in seen)
+    pair = np.ix_((4, 1), (4, 1))
+    assert np.abs(plain - sketched).max() <= 1e-10 * np.abs(sketched).max()
+    assert np.abs(refined[pair] - exact[pair]).max() <= 1e-10 * np.abs(exact).max()
+    assert (np.abs(refined - plain) > 0).sum() == 4
+    # The diagnostics of the weights are those of the survivors' exact interactions.
+    chosen = list(result.decision.kept)
+    weight = np.zeros(5)
+    weight[chosen] = result.decision.weight_S.numpy()
+    cosine = weight @ align / np.sqrt(weight @ exact @ weight * square)
+    assert result.decision.diagnostics is not None
+    assert result.decision.diagnostics.update_target_cosine == pytest.approx(cosine, rel=1e-9)
+
+
+def test_exact_interactions_want_one_pass() -> None:
+    refused(torch.optim.AdamW, "use mode one-pass there, or gram sketched", gram="exact")
 
 
 def refused(optimizer: Any, message: str, metric: str = "target", **settings: Any) -> None:
