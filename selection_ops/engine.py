@@ -33,7 +33,7 @@ from selection_ops.model import causal_model, evaluating
 from selection_ops.preconditioning import Preconditioner
 from selection_ops.projections import Fold, ProjectionSpec, input_signs, output_signs
 from selection_ops.recording import MatrixSite, ModuleTape, Records
-from selection_ops.sites import MatrixParameter, Parameter, Site, find_sites, search
+from selection_ops.sites import MatrixParameter, ModelSites, Parameter, Site, find_sites, search
 from selection_ops.sites.expanded import Expanded
 
 
@@ -64,7 +64,8 @@ class GradientEngine:
 
     `input_groups` and `small_sites` are what to attribute (the linear maps of the blocks where neither is given); `k` 0 keeps every
     site's numbers side by side. With a `preconditioner` sketches are of P * gradient. With `hold`, `features` also keeps what the
-    weighted gradient of every trainable parameter is formed from later; `unheld` says of which parameters it cannot, and why. Raises `InputError` where the model lacks a site.
+    weighted gradient of every trainable parameter is formed from later; `unheld` says of which parameters it cannot, and why. `found` and `route` are what running the model has shown before,
+    where it is not to be run for that again. Raises `InputError` where the model lacks a site.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class GradientEngine:
         loss: LossKind = "sum",
         preconditioner: Preconditioner | None = None,
         hold: bool = False,
+        found: ModelSites | None = None,
+        route: HeadRoute | None = None,
     ) -> None:
         self.model = model = causal_model(model)
         self.loss = loss
@@ -89,7 +92,7 @@ class GradientEngine:
         self._preconditioner = preconditioner
         self._hold = hold
         self._spec = ProjectionSpec(proj_rank=proj_rank, seed=seed, version=version, k=k)
-        self._found = search(model)
+        self._found = found or search(model)
         known = {site.name: site for site in (*self._found.matrices, *self._found.small)}
         self._sites: list[MatrixSite] = []
         for group in self.input_groups:
@@ -102,7 +105,7 @@ class GradientEngine:
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._preconditioned = False
         self._make_projections()
-        self._route = HeadRoute(model)
+        self._route = route or HeadRoute(model)
         self._head_tape: ModuleTape | HeldTape | None = None
         self._records: Records | None = None
         self._held: HeldBatch | None = None

@@ -39,6 +39,7 @@ from selection_ops.optimizer_state import (
     read_tensors,
 )
 from trainer.lora import is_wrapped, load_adapter
+from trainer.sharding import laid_like, whole
 from trainer.trainee import Trainee
 
 log = logging.getLogger(__name__)
@@ -74,14 +75,16 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts by `parameter name:moment`, on the CPU."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """Moments and step counts by `parameter name:moment`, whole and on the CPU; asked for by all processes, of which one may `keep` them."""
     tensors = {}
     for name, parameter in causal_model(model).named_parameters():
         state = optimizer.state.get(parameter)
         for moment in MOMENTS:
             if state and moment in state:
-                tensors[f"{name}:{moment}"] = torch.as_tensor(state[moment]).detach().cpu().contiguous()
+                value = whole(torch.as_tensor(state[moment]).detach())
+                if keep:
+                    tensors[f"{name}:{moment}"] = value.cpu().contiguous()
     return tensors
 
 
@@ -107,7 +110,7 @@ def load_optimizer_tensors(
                     "it belongs to another model"
                 )
             else:
-                state[moment] = value.to(parameter.device, parameter.dtype).clone()
+                state[moment] = laid_like(value.to(parameter.device, parameter.dtype), parameter).clone()
             left.discard(key)
         optimizer.state[parameter] = state
     if left:
@@ -117,13 +120,15 @@ def load_optimizer_tensors(
 def write_checkpoint(
     folder_url: str,
     trainee: Trainee,
-    optimizer: torch.optim.Optimizer | None,
+    moments: Mapping[str, Tensor] | None,
     state: TrainerState,
     beside: Mapping[str, Callable[[Path], None]] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> tuple[str, dict[str, tuple[int, str]]]:
     """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included.
 
-    Without an optimizer its moments are left out. `beside` holds what writes further model folders into the checkpoint, by name.
+    `moments` (`optimizer_tensors`) may be left out. `beside` holds what writes further model folders into the checkpoint, by name.
+    `weights` are the model's, where it does not hold them whole.
     """
     url = join(folder_url, checkpoint_name(state.step))
     written: dict[str, tuple[int, str]] = {}
@@ -132,14 +137,17 @@ def write_checkpoint(
         write_whole(join(url, name), data)
         written[name] = (len(data), sha256(data))
 
-    for prefix, save in {"": trainee.save, **(beside or {})}.items():
+    def save_trainee(folder: Path) -> None:
+        trainee.save(folder, weights)
+
+    for prefix, save in {"": save_trainee, **(beside or {})}.items():
         with tempfile.TemporaryDirectory() as scratch, quiet():
             save(Path(scratch))
             for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
                 put((Path(prefix) / file.relative_to(scratch)).as_posix(), file.read_bytes())
                 file.unlink()  # one file at a time twice on disk, not the whole model
-    if optimizer is not None:
-        put(OPTIMIZER_FILE, save_tensors(optimizer_tensors(trainee.model, optimizer)))
+    if moments is not None:
+        put(OPTIMIZER_FILE, save_tensors(dict(moments)))
     put(STATE_FILE, pretty_json(state))
     files = [{"path": name, "bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())]
     put(
@@ -198,17 +206,17 @@ def load_weights(model: nn.Module, url: str) -> None:
     if is_wrapped(model):
         load_adapter(model, tensors, url)
         return
-    own = dict(model.state_dict())
+    own = dict(model.state_dict(keep_vars=True))
     unknown = sorted(set(tensors) - set(own))
-    stored = {own[name].data_ptr() for name in tensors if name in own}
-    missing = sorted(name for name, value in own.items() if name not in tensors and value.data_ptr() not in stored)
+    stored = {id(own[name]) for name in tensors if name in own}
+    missing = sorted(name for name, value in own.items() if name not in tensors and id(value) not in stored)
     if unknown or missing:
         raise LehrError(
             f"{url}: weights do not fit the model (unknown {unknown[:3]}, missing {missing[:3]}); it belongs to another model"
         )
     with torch.no_grad():
         for name, value in tensors.items():
-            own[name].copy_(value)
+            own[name].copy_(laid_like(value.to(own[name].device, own[name].dtype), own[name]))
 
 
 def prune_checkpoints(folder_url: str, keep: int, newest: int) -> None:

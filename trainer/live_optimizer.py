@@ -15,6 +15,7 @@ from selection_ops.muon import SidedFactor, muon_preconditioner, rate_share
 from selection_ops.preconditioning import LessForm
 from selection_ops.second_moment import RootScale
 from selection_ops.sites import MatrixParameter, Site
+from trainer.sharding import whole
 
 Kind = Literal["adamw", "muon", "scalar", "none", "less"]
 Asked = Literal["auto", "adamw", "muon", "scalar", "none", "less"]
@@ -94,8 +95,7 @@ class LiveOptimizer:
     def second_moment(self, parameter: Tensor) -> Tensor:
         """AdamW's, in the shape of the parameter; of AMSGrad the largest."""
         state = self._place(parameter)[0].state[parameter]
-        found: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        return found
+        return whole(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
 
     def scale(self, parameter: Tensor) -> RootScale:
         """How AdamW's preconditioner comes from its second moment, at the step about to be taken."""
@@ -118,7 +118,7 @@ class LiveOptimizer:
         """Muon's, of one matrix."""
         part, group = self._place(parameter)
         assert isinstance(site.shape, MatrixParameter)
-        matrix = site.shape.matrix(part.state[parameter]["momentum_buffer"])
+        matrix = site.shape.matrix(whole(part.state[parameter]["momentum_buffer"]))
         turned = site.shape.transposed  # Muon sees the parameter as it is held
         held = matrix.T if turned else matrix
         found = muon_preconditioner(
@@ -139,7 +139,7 @@ class LiveOptimizer:
         state = part.state[parameter]
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return LessForm(
-            first_OI=site.shape.matrix(state["exp_avg"]),
+            first_OI=site.shape.matrix(whole(state["exp_avg"])),
             second_OI=site.shape.matrix(self.second_moment(parameter)),
             beta1=beta1,
             beta2=beta2,

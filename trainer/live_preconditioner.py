@@ -86,7 +86,8 @@ class LivePreconditioner:
                 elif kind == "less":
                     less[name] = self._live.less(site, weight)
                 elif kind == "adamw" and not folded:
-                    ones_OI = torch.ones(site.shape.outputs, site.shape.inputs).to(weight)
+                    shape_OI = site.shape.outputs, site.shape.inputs
+                    ones_OI = torch.ones(shape_OI, dtype=weight.dtype, device=weight.device)
                     exact[name] = self.form(site, power).apply(ones_OI)
                 elif kind != "adamw":
                     factor = self._live.scalar(weight) ** power

@@ -31,6 +31,7 @@ from trainer.checkpoints import (
     latest_checkpoint,
     load_optimizer_tensors,
     load_weights,
+    optimizer_tensors,
     prune_checkpoints,
     read_state,
     write_checkpoint,
@@ -130,15 +131,16 @@ class _Training:
             gram=settings.gram,  # type: ignore[arg-type]
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
-            processes=processes,
+            layout=ready.layout,
             oracle_every=settings.oracle_every,
             oracle_draws=settings.oracle_draws,
         )
         self.evaluated = StepBatches(
             batch_tokens=settings.batch_tokens,
             dtype=ready.dtype,
-            device=next(ready.model.parameters()).device,
+            device=self.device,
             processes=processes,
+            even=ready.layout.even,
         )
         self.averages = Averages(ready.trainee, ema_decay=settings.ema_decay, tail=settings.average_tail)
         self.state = TrainerState(
@@ -361,20 +363,22 @@ class _Training:
             self.state, journal=(*self.state.journal, *self.journal.cut()), averaged=self.averages.counts
         )
         ready = self.ready
-        moments = ready.optimizer if self.settings.final_optimizer or not self.state.ended else None
+        weights, moments = ready.layout.gathered(), None
+        if self.settings.final_optimizer or not self.state.ended:
+            moments = optimizer_tensors(ready.model, ready.optimizer, keep=self.processes.leads)
         beside = self.averages.savers()
         if self.settings.merge and self.state.ended:
             beside["merged"] = ready.trainee.save_merged
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
 
         def write() -> None:
-            write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside)
+            write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside, weights)
             prune_checkpoints(self.checkpoints, keep, self.state.step)
 
         self.processes.decide(write)
 
     def _evaluate(self) -> float | None:
-        return evaluate(self.online.route, self.ready.evaluation, self.evaluated, self.processes)
+        return evaluate(self.ready.layout.route, self.ready.evaluation, self.evaluated, self.processes)
 
     def _target_batch(self, number: int) -> list[Encoded]:
         target = self.ready.target

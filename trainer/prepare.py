@@ -31,6 +31,7 @@ from trainer.parallel import OneProcess, local_device
 from trainer.parent import find_parent, go_on, inherit
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
+from trainer.sharding import ShardedModel, WholeModel
 from trainer.stream import Offered, RankedStream, StreamReading, read_beside, stream_url
 from trainer.trainee import Trainee, load_trainee, trained_parameters
 
@@ -47,6 +48,7 @@ class Prepared:
     trainee: Trainee
     encoder: Encoder
     optimizer: torch.optim.Optimizer
+    layout: WholeModel
     target: list[Encoded]
     evaluation: list[Encoded]
     dtype: str
@@ -145,7 +147,8 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     why = ""
     if policy.needs_sketches or policy.needs_norms:
         longest = encoder.spec.max_tokens
-        mode, why = choose_mode(settings.mode, model, dtype, longest=longest, candidates=sizes.largest)
+        asked = settings.mode if settings.shard == "none" else "two-pass"
+        mode, why = choose_mode(asked, model, dtype, longest=longest, candidates=sizes.largest)
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     reference = _load_reference(settings, policy, index.tokenizer, dtype, device)
@@ -169,6 +172,9 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     manifest_path = run.path(run.manifest_path("train", name))
     if exists(manifest_path):
         return run.manifest("train", name)
+    layout = WholeModel(model, processes)
+    if settings.shard == "fsdp2":
+        layout = ShardedModel(model, processes, sketches=bool(why))
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
@@ -188,6 +194,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         trainee=trainee,
         encoder=encoder,
         optimizer=optimizer,
+        layout=layout,
         target=[encode(encoder, item) for item in read_beside(stream.url, index, "target")],
         evaluation=[encode(encoder, item) for item in read_beside(stream.url, index, "evaluation")],
         dtype=dtype,

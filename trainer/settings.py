@@ -14,6 +14,7 @@ from trainer.schedules import NORMS, Refined, Schedule
 
 Order = Literal["shuffled", "ranked"]
 Evaluate = Literal["both", "end", "never"]
+Shard = Literal["none", "fsdp2"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +192,9 @@ class TrainSettings:
     """Write the model with its trained adapter merged in beside the final checkpoint, too."""
     device: str = ""
     """Device to train on; by default an accelerator where there is one."""
+    shard: Shard = "none"
+    """Where parameters, gradients and moments lie in a training of several processes: `none` (all of them in every process), `fsdp2` (a
+    shard of each in every process; for whole models under AdamW that one device does not hold, in two passes)."""
     process_timeout: int = 1800
     """Seconds that one of several processes waits for the others, at most; longer than a checkpoint takes to be written."""
     cache_bytes: int = 256 << 20
@@ -250,6 +254,14 @@ class TrainSettings:
         for field, known in _KNOWN.items():
             if getattr(self, field) not in known:
                 raise InputError(f"unknown value {getattr(self, field)!r} of {field}: choose one of {', '.join(known)}")
+        if self.shard not in ("none", "fsdp2"):
+            raise InputError(f"unknown value {self.shard!r} of shard: choose one of none, fsdp2")
+        if self.shard == "fsdp2" and self.mode == "one-pass":
+            raise InputError("shard fsdp2 and mode one-pass exclude each other: use mode two-pass, or shard none")
+        if self.shard == "fsdp2" and (self.ema_decay or self.average_tail):
+            raise InputError(
+                "shard fsdp2 keeps no averages of the weights: leave ema_decay and average_tail out, or use shard none"
+            )
         if self.order not in ("shuffled", "ranked"):
             raise InputError(f"unknown order {self.order!r}: choose one of shuffled, ranked")
         if self.evaluate not in ("both", "end", "never"):
@@ -314,6 +326,7 @@ EXECUTION = frozenset(
         "final_optimizer",
         "merge",
         "device",
+        "shard",
         "process_timeout",
         "cache_bytes",
         "cache_dir",

@@ -42,7 +42,7 @@ from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
 from trainer.optimizers import AnyOptimizer
 from trainer.oracle import one_step_oracle
-from trainer.parallel import OneProcess
+from trainer.sharding import WholeModel, whole
 from trainer.target_direction import TargetDirection, TargetPass
 
 _DEFAULTS = PolicyOptions()
@@ -87,12 +87,14 @@ class OnlineStep:
         gram: Gram = "sketched",
         alignment: Alignment = "sketched",
         reference_model: Any = None,
-        processes: OneProcess | None = None,
+        layout: WholeModel | None = None,
         oracle_every: int = 0,
         oracle_draws: int = 8,
     ) -> None:
+        """`layout` says which processes train together and where the model lies; one process and all of it if left out."""
         self.model, self.optimizer = model, optimizer
-        self._processes = processes = processes or OneProcess()
+        self.layout = layout or WholeModel(model)
+        self._processes = processes = self.layout.processes
         if isinstance(policy, str):
             options = resolve_options(policy, options)
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
@@ -105,8 +107,9 @@ class OnlineStep:
         self._selection_weights = selection_weights
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
-        self._batches = StepBatches(batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes)
-        self.route = HeadRoute(model)
+        self._batches = StepBatches(
+            batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes, even=self.layout.even
+        )
         self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
         self._target: TargetPass | None = None
@@ -121,8 +124,8 @@ class OnlineStep:
             groups = find_sites(model, "adapters").input_groups if model is not causal_model(model) else None
             if groups == ():
                 raise InputError("the adapter has no linear map to compare candidates by; use policy full or random")
-            self._engine = GradientEngine(
-                model, groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
+            self._engine = self.layout.engine(
+                groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
         if self._engine is not None and self.policy.needs_sketches:
             self._preconditioner = LivePreconditioner(
@@ -138,13 +141,12 @@ class OnlineStep:
                     "alignments with the LESS form are no inner products of gradients; use alignment sketched"
                 )
             self._target = TargetPass(
-                model,
+                self.layout,
                 self._engine,
                 self._preconditioner,
                 exact=exact,
                 proj_rank=proj_rank,
                 seed=seed,
-                processes=processes,
             )
 
     def step(
@@ -191,7 +193,7 @@ class OnlineStep:
                     space = geometry(metric.name, sketched.sketch_NK, wanted.sketch_K, sketched.align_N, wanted.square)
                     space = self._exactly(space, candidates, metric.candidate_power)
         elif self.measures_losses:
-            loss_N = self._losses(self.route, [item.encoded for item in candidates])
+            loss_N = self._losses(self.layout.route, [item.encoded for item in candidates])
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
             if bad:
                 raise LehrError(_not_finite(number, "loss", bad))
@@ -236,7 +238,7 @@ class OnlineStep:
                 loss, kept_loss_S = self._backward(kept, weight_S, number)
                 for index, value in zip(decision.kept, kept_loss_S):
                     loss_N[index] = value if loss_N[index] is None else loss_N[index]
-            self._processes.sum_gradients(self._parameters)
+            self.layout.sum_gradients(self._parameters)
             grad_norm, grad_norm_l1, clip_factor = self._clip_gradients(kept, number)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -308,7 +310,7 @@ class OnlineStep:
         def update(places: Sequence[int], weight_S: Tensor) -> None:
             kept = [candidates[place] for place in places]
             self._backward(kept, weight_S, number)
-            self._processes.sum_gradients(self._parameters)
+            self.layout.sum_gradients(self._parameters)
             self._clip_gradients(kept, number)
             self.optimizer.step()
 
@@ -323,7 +325,7 @@ class OnlineStep:
                 loss_tokens_N=[item.loss_tokens for item in candidates],
                 weigh=lambda places: self._weights_of(candidates, places, torch.ones(len(places), dtype=torch.float64)),
                 update=update,
-                target_loss=lambda: sum(value or 0.0 for value in self._losses(self.route, target)) / tokens,
+                target_loss=lambda: sum(value or 0.0 for value in self._losses(self.layout.route, target)) / tokens,
                 space=space,
             )
         finally:
@@ -419,7 +421,7 @@ class OnlineStep:
             share_B = torch.zeros(batch.samples, dtype=torch.float64)
             share_B[: len(indices)] = torch.tensor([weights[i] / normaliser for i in indices], dtype=torch.float64)
             with self._batches.arithmetic():
-                loss, loss_B = self.route.weighted_loss(batch, share_B.to(self._device))
+                loss, loss_B = self.layout.route.weighted_loss(batch, share_B.to(self._device))
             loss_S[indices] = loss_B[: len(indices)].double().cpu()
             loss.backward()
         losses = self._processes.sum(loss_S).tolist()
@@ -432,11 +434,11 @@ class OnlineStep:
     def _clip_gradients(self, kept: Sequence[Candidate], number: int) -> tuple[float, float, float]:
         """Clip by the L2 norm; returns that and the L1 norm, both before, and the factor."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
         if not norm < float("inf"):
             self.optimizer.zero_grad(set_to_none=True)
             raise LehrError(_not_finite(number, f"norm of the gradient ({norm})", kept))
-        norm_l1 = float(torch.nn.utils.get_total_norm(gradients, norm_type=1.0))
+        norm_l1 = float(whole(torch.nn.utils.get_total_norm(gradients, norm_type=1.0)))
         # The constant is torch's and transformers': a zero gradient is not divided by zero.
         factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
         if factor < 1.0:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,12 @@ from schemas.errors import InputError, LehrError
 from schemas.spec import PROJECTION_VERSION
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
-from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
 from selection_ops.online.metrics import Metric
 from selection_ops.sites import MatrixParameter
 from trainer.batches import StepBatches
 from trainer.live_preconditioner import LivePreconditioner
-from trainer.parallel import OneProcess
+from trainer.sharding import WholeModel, whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,22 +45,21 @@ class TargetPass:
 
     def __init__(
         self,
-        model: Any,
+        layout: WholeModel,
         engine: GradientEngine,
         preconditioner: LivePreconditioner,
         *,
         exact: bool,
         proj_rank: int,
         seed: int,
-        processes: OneProcess,
     ) -> None:
         """With `exact` the direction is the whole gradient."""
-        self._model, self._engine, self._preconditioner, self._exact = model, engine, preconditioner, exact
-        self._route, self._processes = HeadRoute(model), processes
+        self._layout, self._engine, self._preconditioner, self._exact = layout, engine, preconditioner, exact
+        self._processes = layout.processes
         self._proj_rank, self._seed = proj_rank, seed
         self._sketching: GradientEngine | None = None
         self._weights: dict[str, nn.Parameter] = {
-            site.parameter: causal_model(model).get_parameter(site.parameter) for site in engine.matrix_sites
+            site.parameter: causal_model(layout.model).get_parameter(site.parameter) for site in engine.matrix_sites
         }
 
     def __call__(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches, number: int) -> TargetDirection:
@@ -83,41 +80,44 @@ class TargetPass:
 
     def _whole(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> TargetDirection:
         """By way of the gradient itself, preconditioned exactly."""
-        weights = list(self._weights.values())
-        sums: list[Tensor] = [torch.zeros_like(weight) for weight in weights]
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
-        self._model.eval()
-        for _, batch in batches(target):
-            with batches.arithmetic():
-                loss = self._route.sample_losses(batch).sum() / tokens
-            for held, gradient in zip(sums, torch.autograd.grad(loss, weights)):
-                held += gradient
-            total += float(loss.detach())
-        if self._exact or self._preconditioner.is_less:  # what is not linear, or not projected, takes the whole sum
-            sums = [self._processes.sum(held) for held in sums]
+        self._layout.model.eval()
+
+        def losses() -> Iterator[Tensor]:
+            nonlocal total
+            for places, batch in batches(target):
+                with batches.arithmetic():
+                    loss = self._layout.route.sample_losses(batch)[: len(places)].sum() / tokens
+                total += float(loss.detach())
+                yield loss
+
+        sums = self._layout.gradients(losses(), list(self._weights.values()))
+        summed = self._layout.sums_gradients
+        if not summed and (self._exact or self._preconditioner.is_less):
+            # What is not linear, or not projected, takes the whole sum.
+            sums, summed = [self._processes.sum(held) for held in sums], True
         gradients, square = dict(zip(self._weights, sums)), 0.0
         pieces: list[Tensor] = []
-        whole: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
         for site in self._engine.matrix_sites:
             assert isinstance(site.shape, MatrixParameter)
-            gradient_OI = site.shape.matrix(gradients[site.parameter])
+            gradient_OI = site.shape.matrix(whole(gradients[site.parameter]))
             moved_OI = self._preconditioner.form(site, metric.target_power).apply(gradient_OI)
             if self._exact:
                 square += float(moved_OI.square().sum(1).double().sum())
-                whole[site.name] = self._preconditioner.form(site, metric.candidate_power).apply(moved_OI)
+                matrices[site.name] = self._preconditioner.form(site, metric.candidate_power).apply(moved_OI)
             else:
                 pieces.append(self._engine.project_matrix(site.name, moved_OI).flatten())
-        if self._preconditioner.is_less and not self._processes.leads:
+        if summed and not self._processes.leads:
             pieces = [torch.zeros_like(piece) for piece in pieces]  # every process has taken the whole one
         if self._exact:
-            return TargetDirection(loss=total, whole=whole, square=square, formed=True)
+            return TargetDirection(loss=total, whole=matrices, square=square, formed=True)
         return TargetDirection(loss=total, sketch_K=torch.cat(pieces), formed=True)
 
     def _sketched(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> TargetDirection:
         """Through projections that P is folded into: no gradient of the target is formed."""
         if self._sketching is None:
-            self._sketching = GradientEngine(
-                self._model,
+            self._sketching = self._layout.engine(
                 self._engine.input_groups,
                 proj_rank=self._proj_rank,
                 k=0,

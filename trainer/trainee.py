@@ -28,12 +28,15 @@ class Trainee:
         """Fingerprint of what was read."""
         return self.loaded.model_fingerprint
 
-    def save(self, folder: Path) -> None:
-        """Weights (of an adapter, those alone) and tokenizer, as a folder that transformers or PEFT loads."""
+    def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
+        """Weights (of an adapter, those alone) and tokenizer, as a folder that transformers or PEFT loads.
+
+        `weights` take the place of those of a whole model, by name.
+        """
         if is_wrapped(self.model):
             save_adapter(self.model, folder)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         self.save_tokenizer(folder)
 
     def save_merged(self, folder: Path) -> None:

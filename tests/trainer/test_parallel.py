@@ -113,9 +113,11 @@ KILLED: dict[str, Any] = {
 }
 
 
-def start_and_kill(world: tuple[Run, Path], folder: Path, *, count: int, victim: int, after: int) -> Group:
+def start_and_kill(
+    world: tuple[Run, Path], folder: Path, *, count: int, victim: int, after: int, **options: Any
+) -> Group:
     """Start `count` processes and kill one after some steps; the others have to end by themselves."""
-    group = Group(count, arguments(*world, "t", **KILLED), folder)
+    group = Group(count, arguments(*world, "t", **(options or KILLED)), folder)
     end = time.monotonic() + 60
     while group.steps() < after:
         assert time.monotonic() < end, group.output(0)
