@@ -21,6 +21,7 @@ VERBS = {
     "train": "train on a ranked stream, choosing again at every step",
     "branch": "train from one checkpoint on each of several streams",
     "compare": "train arms on equally many tokens and say which is worth it",
+    "average": "average the final weights of several trainings into one model",
     "audit": "ask questions about a run in SQL",
     "report": "write a run as one HTML page",
     "status": "show what is done, missing and rejected",

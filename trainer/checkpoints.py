@@ -207,12 +207,12 @@ def load_weights(model: nn.Module, url: str) -> None:
         load_adapter(model, tensors, url)
         return
     own = dict(model.state_dict(keep_vars=True))
-    unknown = sorted(set(tensors) - set(own))
+    unknown = sorted(name for name, value in tensors.items() if name not in own or own[name].shape != value.shape)
     stored = {id(own[name]) for name in tensors if name in own}
     missing = sorted(name for name, value in own.items() if name not in tensors and id(value) not in stored)
     if unknown or missing:
         raise LehrError(
-            f"{url}: weights do not fit the model (unknown {unknown[:3]}, missing {missing[:3]}); it belongs to another model"
+            f"{url}: weights do not fit the model (unknown or of another shape {unknown[:3]}, missing {missing[:3]}); it belongs to another model"
         )
     with torch.no_grad():
         for name, value in tensors.items():

@@ -375,3 +375,19 @@ _AT_LEAST = {
     "read_attempts": 1,
     "peak_flops": 0,
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoupSettings:
+    """How to average trainings."""
+
+    out: str = ""
+    """Folder or URL to write the averaged model to; there must be nothing yet."""
+    stream: str = ""
+    """Folder or URL of the stream whose held-out set the losses are taken on; by default the stream of the first training."""
+    dtype: str = ""
+    """Arithmetic of the evaluation: float32, bfloat16, float64; by default what the hardware is built for."""
+    device: str = ""
+    """Device to evaluate on; by default an accelerator where there is one."""
+    batch_tokens: int = 4096
+    """Bound of longest x count of the batches of the evaluation."""
