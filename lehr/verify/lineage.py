@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import orjson
+
 from lehr.catalog import stream_folders
 from lehr.verify.files import Manifests
 from lehr.verify.findings import Check
 from schemas.manifest import Manifest
 from schemas.run import Run
 from schemas.shards import read_index
+from schemas.storage import read_bytes
 from schemas.units import PLAN_NAME
 
 _REQUIRED = {
@@ -76,8 +79,27 @@ def check_lineage(run: Run, manifests: Manifests) -> Iterator[Check]:
             described = manifests.get(("target", f"{target}.{name}"))
             if described is None or described.fingerprint != value:
                 check.fail(f"{url} was declared with target {target} {value}, which does not stand in this run")
+        if stage == "train" and "from" in manifest.summary:
+            check.count += 1
+            problem = _parent_problem(run, manifest)
+            if problem:
+                check.fail(f"{url} {problem}")
         scoring = manifests.get(("scoring", name)) if stage == "score" else None
         if scoring is not None and scoring.spec != manifest.spec:
             check.fail(f"{url} was made under another feature spec than scoring/{name} declares")
         if check.count or check.problems:
             yield check
+
+
+def _parent_problem(run: Run, manifest: Manifest) -> str:
+    """What is wrong with the checkpoint that a training started from, if it still stands: old ones are pruned."""
+    training, _, step = str(manifest.summary["from"]).partition("@")
+    where = f"{run.training_folder(training)}/checkpoints/step-{int(step):08d}/manifest.json"
+    try:
+        found = orjson.loads(read_bytes(run.path(where)))["fingerprint"]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        return f"was started from {where}, which is damaged ({error})"
+    wanted = manifest.spec.get("start_from")
+    return "" if found == wanted else f"was started from checkpoint {wanted} of {training}; {where} now has {found}"

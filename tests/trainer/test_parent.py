@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from lehr.cli import main
+from lehr.verify.files import read_manifests
+from lehr.verify.lineage import check_lineage
+from lehr.verify.training import check_training
 from schemas.errors import CorruptFile, InputError
 from schemas.run import Run
 from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
@@ -152,6 +155,33 @@ def test_branches_each_with_a_stream_of_its_own(
         assert journal(run, name) == journal(run, f"alone-{number}")
         assert run.manifest("train", name).spec == run.manifest("train", f"alone-{number}").spec
     assert journal(run, "alone-1") != journal(run, "alone-2")
+
+
+def test_verify_counts_the_parent_and_every_folder_beside_the_weights(tmp_path: Path) -> None:
+    """Whole as it was written; not once another checkpoint stands where the parent was; a pruned parent is no fault."""
+    run, folder = make_run(tmp_path, samples=16)
+    train(run, settings(folder, "first"))
+    changes = {"lora": 2, "merge": True, "ema_decay": 0.5, "average_tail": 0.5, "from_optimizer": False}
+    train(run, branch("child", "first@2", **changes))
+
+    def problems() -> list[str]:
+        manifests, checks = read_manifests(run)
+        checks += list(check_lineage(run, manifests)) + list(check_training(run, manifests, "child", quick=False))
+        # The world of these tests has a stream without a selection.
+        return [problem for check in checks for problem in check.problems if "stages/export" not in problem]
+
+    assert problems() == []
+    beside = Path(run.path(run.manifest("train", "child").summary["checkpoint"]))
+    held = (beside / "ema/adapter_model.safetensors").read_bytes()
+    (beside / "ema/adapter_model.safetensors").write_bytes(held[:-1])
+    assert any("ema/adapter_model.safetensors" in problem for problem in problems())
+    (beside / "ema/adapter_model.safetensors").write_bytes(held)
+    parent = Path(checkpoint(run, 2, "first"))
+    train(run, settings(folder, "second", seed=1))
+    shutil.move(parent, tmp_path / "away")
+    assert problems() == []
+    shutil.copytree(checkpoint(run, 2, "second"), parent)
+    assert [problem for problem in problems() if "was started from checkpoint" in problem]
 
 
 def test_what_cannot_be_started_from_is_refused(world: tuple[Run, Path], tmp_path: Path) -> None:
