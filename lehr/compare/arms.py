@@ -16,6 +16,7 @@ from selection_ops.online.options import PolicyOptions
 from trainer.settings import TrainSettings
 
 LEAST_SEEDS = 3
+TRAINING_PREFIX = "cmp-"
 Interval = Literal["student", "percentile", "bca"]
 
 ARM_OPTIONS = (
@@ -123,9 +124,10 @@ def _parsed(label: str, name: str, text: str, default: Any) -> Any:
 def training_name(settings: TrainSettings, index: StreamIndex, model: str) -> str:
     """Name of an arm's training: what a person looks for, and a hash of all that decides its result."""
     places = [settings.optimizer_state, settings.schedule_from, settings.reference_model]
+    places += [settings.start_from, str(settings.from_optimizer), str(settings.rewarm)]
     digest = fingerprint([settings.spec(stream=index.fingerprint, model=model), places])
     place = re.sub(r"[^A-Za-z0-9_-]+", "-", settings.stream.rstrip("/").rsplit("/", 1)[-1])[:32]
-    return f"cmp-{place}-{settings.policy}-seed{settings.seed}-{digest[:10]}"
+    return f"{TRAINING_PREFIX}{place}-{settings.policy}-seed{settings.seed}-{digest[:10]}"
 
 
 def open_arms(run: Run, settings: CompareSettings, shared: SharedSettings, model: str) -> list[Arm]:

@@ -38,6 +38,7 @@ from trainer.batches import StepBatches
 from trainer.evaluation import evaluate
 from trainer.loggers import LoggerType
 from trainer.loop import train
+from trainer.parent import find_parent
 from trainer.prepare import encode
 from trainer.stream import read_beside
 
@@ -66,6 +67,17 @@ class Watch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What every arm starts from."""
+
+    shared: SharedSettings
+    location: str
+    revision: str | None
+    fingerprint: str
+    """Fingerprint of the model there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Judges:
     """What final models are judged on."""
 
@@ -89,10 +101,10 @@ def compare(
     ended before its token budget.
     """
     watch = watch or Watch()
-    shared = _resolved(settings.shared)
-    model = model_fingerprint(shared.model, revision=shared.revision or None)
+    start = _find_start(run, settings.shared)
+    shared, model = start.shared, start.fingerprint
     arms = open_arms(run, settings, shared, model)
-    judges = _judges(run, arms, shared, guard, columns)
+    judges = _judges(run, arms, start, guard, columns)
     name, spec = shared.name, _spec(settings, shared, arms, model, judges)
     folder = run.comparison_folder(name)
     declare(run.path(f"{folder}/spec.json"), "comparison", name, spec, follows=frozenset({"trainings", "streams"}))
@@ -107,25 +119,36 @@ def compare(
         _check_budget(run, arm)
         heart.unit_done()
         watch.trainings(number, len(arms))
-    return _judge(run, name, spec, arms, shared, model, judges)
+    return _judge(run, name, spec, arms, start, judges)
 
 
-def _resolved(shared: SharedSettings) -> SharedSettings:
-    """The settings with the arithmetic of this machine written out, so that arms trained on different machines are not paired."""
-    if not shared.model:
-        raise InputError("name the model that every arm starts from with --model")
+def _find_start(run: Run, shared: SharedSettings) -> _Start:
+    """Where all arms start, with the arithmetic of this machine written out, so that arms trained on different machines are not paired."""
+    location, revision, name = shared.model, shared.revision or None, ""
+    if shared.start_from:
+        parent = find_parent(run, shared.start_from)
+        location, revision, name = parent.url, None, parent.name
+    if not location:
+        raise InputError(
+            "name the model that every arm starts from with --model, or a training to branch off with --from"
+        )
     device = shared.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = shared.dtype or default_dtype(device)
-    attention = shared.attention or choose_attention(shared.model, device, dtype, revision=shared.revision or None)
-    return dataclasses.replace(shared, device=device, dtype=dtype, attention=attention)
+    attention = shared.attention or choose_attention(location, device, dtype, revision=revision)
+    resolved = dataclasses.replace(shared, device=device, dtype=dtype, attention=attention, start_from=name)
+    return _Start(
+        shared=resolved,
+        location=location,
+        revision=revision,
+        fingerprint=model_fingerprint(location, revision=revision),
+    )
 
 
-def _judges(run: Run, arms: list[Arm], shared: SharedSettings, guard: str, columns: CorpusColumns | None) -> _Judges:
+def _judges(run: Run, arms: list[Arm], start: _Start, guard: str, columns: CorpusColumns | None) -> _Judges:
     from trainer.prepare import open_stream
 
-    encoder = Encoder(
-        load_tokenizer(shared.model, revision=shared.revision or None), EncodingSpec(**arms[0].index.encoding)
-    )
+    tokenizer = load_tokenizer(start.location, revision=start.revision)
+    encoder = Encoder(tokenizer, EncodingSpec(**arms[0].index.encoding))
     stream = open_stream(run, arms[0].settings)
     held_out = [encode(encoder, item) for item in read_beside(stream.url, stream.index, "evaluation")]
     if not guard:
@@ -173,14 +196,13 @@ def _check_budget(run: Run, arm: Arm) -> None:
         )
 
 
-def _judge(
-    run: Run, name: str, spec: dict[str, Any], arms: list[Arm], shared: SharedSettings, model: str, judges: _Judges
-) -> Comparison:
-    size, start = _start(shared, judges)
+def _judge(run: Run, name: str, spec: dict[str, Any], arms: list[Arm], start: _Start, judges: _Judges) -> Comparison:
+    shared = start.shared
+    size, before = _measured(start, judges)
     inputs, trainings = {}, []
     with Audit(run) as audit:
         costs = training_costs(audit, {arm.settings.name for arm in arms})
-        offline = {arm.label: offline_cost(run, audit, arm, size, model) for arm in reversed(arms)}
+        offline = {arm.label: offline_cost(run, audit, arm, size, start.fingerprint) for arm in reversed(arms)}
     for arm in arms:
         manifest = run.manifest("train", arm.settings.name)
         inputs[f"train/{arm.settings.name}"] = manifest.fingerprint
@@ -210,7 +232,7 @@ def _judge(
             ("trainings.parquet", "arm_trainings", trainings),
         )
     )
-    summary = {"start": start, "verdicts": {row["arm"]: row["verdict"] for row in rows if not row["control"]}}
+    summary = {"start": before, "verdicts": {row["arm"]: row["verdict"] for row in rows if not row["control"]}}
     seconds = {row["arm"]: _seconds(row["arm"], arms, costs, offline) for row in rows}
     write_whole(run.path(f"{run.timings_folder('compare', name)}/{SECONDS_FILE}"), pretty_json(seconds))
     manifest = Manifest(stage="compare", name=name, spec=spec, inputs=inputs, parts=parts, summary=summary)
@@ -218,23 +240,23 @@ def _judge(
     return Comparison(manifest=manifest, arms=rows, trainings=trainings)
 
 
-def _load(location: str, shared: SharedSettings, revision: str = "") -> Any:
+def _load(location: str, revision: str | None, shared: SharedSettings) -> Any:
     with quiet():
         return load_model(
             location,
-            revision=revision or None,
+            revision=revision,
             dtype="float64" if shared.dtype == "float64" else "float32",
             attention=shared.attention,
             device=shared.device,
         ).model
 
 
-def _start(shared: SharedSettings, judges: _Judges) -> tuple[ModelSize, dict[str, float | None]]:
+def _measured(start: _Start, judges: _Judges) -> tuple[ModelSize, dict[str, float | None]]:
     """Size of the model that all arms start from, and its losses."""
-    model = _load(shared.model, shared, shared.revision)
+    model = _load(start.location, start.revision, start.shared)
     return model_size(model), {
-        "eval_loss": _loss(model, judges.held_out, shared),
-        "guard_loss": _loss(model, judges.guard, shared),
+        "eval_loss": _loss(model, judges.held_out, start.shared),
+        "guard_loss": _loss(model, judges.guard, start.shared),
     }
 
 
@@ -247,7 +269,7 @@ def _loss(model: Any, samples: list[Encoded], shared: SharedSettings) -> float |
 def _guarded(checkpoint: str, shared: SharedSettings, judges: _Judges) -> float | None:
     if not judges.guard:
         return None
-    return _loss(_load(checkpoint, shared), judges.guard, shared)
+    return _loss(_load(checkpoint, None, shared), judges.guard, shared)
 
 
 def _seconds(

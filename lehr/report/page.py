@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from lehr.compare.arms import TRAINING_PREFIX
 from lehr.rendering import visible
 from lehr.report import sections
 from lehr.report.comparisons import COLUMNS, comparison_sections
@@ -27,6 +28,8 @@ def _environment() -> jinja2.Environment:
 
 
 def _context(data: ReportData) -> dict[str, Any]:
+    # Those of comparisons are many, and drawn as differences.
+    single = [training for training in data.trainings if not training.name.startswith(TRAINING_PREFIX)]
     name = data.run.url.rstrip("/").rsplit("/", 1)[-1]
     return {
         "name": name,
@@ -41,8 +44,8 @@ def _context(data: ReportData) -> dict[str, Any]:
         "shared": sections.shared_table(data),
         "compared": comparison_sections(data.run),
         "compared_columns": COLUMNS,
-        "losses": sections.loss_charts(data.trainings),
-        "weights": sections.weight_charts(data.trainings),
+        "losses": sections.loss_charts(single),
+        "weights": sections.weight_charts(single),
         "rejects": sections.rejects_section(data),
     }
 

@@ -27,6 +27,8 @@ from tests.pipelines.worlds import make_world
 from tests.tiny import tiny_llama
 from tests.trainer.streams import ENCODING, make_run, ranked, sample, texts, write_stream
 from trainer.loggers import Begun, LoggerType, Progress
+from trainer.loop import train
+from trainer.settings import TrainSettings
 
 Place = tuple[Run, Path]
 BUDGET = 160
@@ -56,7 +58,7 @@ def make_place(folder: Path) -> Place:
     return run, model
 
 
-def choose(folder: Path, *arms: str, **changes: Any) -> CompareSettings:
+def choose(folder: Path | str, *arms: str, **changes: Any) -> CompareSettings:
     shared: dict[str, Any] = {
         "model": str(folder), "token_budget": BUDGET, "lr": 1e-2, "dtype": "float32", "candidates": 8, "n_keep": 4,
         "proj_rank": 4, "warmup_select": 1, "loggers": (), "checkpoint_every": 2,
@@ -286,6 +288,31 @@ def test_a_stream_can_be_drawn_anew_for_every_seed(place: Place) -> None:
         run.manifest("train", r["training"]).inputs["stream"] for r in found.trainings if r["arm"].startswith("draw")
     ]
     assert len(set(inputs)) == 3
+
+
+def test_arms_branch_off_a_training(place: Place) -> None:
+    """Every arm goes on from one checkpoint with its moments: the start is that model, and the comparison says which checkpoint it was."""
+    run, model = place
+    before = train(
+        run,
+        TrainSettings(
+            model=str(model),
+            stream="draw-0",
+            policy="full",
+            name="stable",
+            steps=2,
+            candidates=8,
+            lr=1e-2,
+            dtype="float32",
+        ),
+    )
+    _, found = counted(choose("", "match:full", name="branched", start_from="stable"), run)
+    assert found.manifest.summary["start"]["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
+    specs = [run.manifest("train", row["training"]).spec for row in found.trainings]
+    assert len({spec["start_from"] for spec in specs}) == 1 and specs[0]["start_from"]
+    _, cold = counted(choose("", "match:full", name="cold", start_from="stable@2", from_optimizer=False), run)
+    assert not {row["training"] for row in cold.trainings} & {row["training"] for row in found.trainings}
+    assert cold.arms[0]["eval_loss"] != found.arms[0]["eval_loss"]
 
 
 @pytest.mark.parametrize(

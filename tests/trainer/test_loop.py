@@ -14,12 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from schemas.errors import InputError, LehrError
+from schemas.manifest import Manifest
 from schemas.parquet import read_part, read_table
 from schemas.run import Run
 from schemas.storage import list_names
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
-from trainer.loop import Progress, train
+from trainer.loop import Progress, _Training, train
+from trainer.parallel import OneProcess
+from trainer.prepare import prepare
 from trainer.settings import TrainSettings
 from trainer.stream import RankedStream, shuffled_ranks
 
@@ -184,6 +187,27 @@ def test_the_final_checkpoint_is_a_model_folder(world: tuple[Run, Path]) -> None
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())]
     assert all(moved)  # every parameter takes part in the update, the embedding and the norms too
     assert {path.suffix for path in Path(url).iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_transformers_loads_the_final_model_with_the_same_logits_bitwise(tmp_path: Path, kind: str) -> None:
+    """Also where the head is tied (GPT-2): what was in memory after the last step is what anybody loads."""
+    run, folder = make_run(tmp_path, samples=16, kind=kind)
+    chosen = settings(folder, "final", policy="filter-then-weight")
+    ready = prepare(run, chosen, OneProcess())
+    assert not isinstance(ready, Manifest)
+    training = _Training(run, chosen, ready, "", OneProcess())
+    training.restore()
+    while not training.state.ended:
+        training.advance()
+    url = run.path(training.finish()["checkpoint"])
+    loaded = AutoModelForCausalLM.from_pretrained(url, attn_implementation=ready.spec["attention"], dtype=torch.float32)
+    ids_BT = torch.arange(24)[None] * 7 % 300 + 3
+    with torch.no_grad():
+        mine, theirs = ready.model.eval()(ids_BT).logits, loaded.eval()(ids_BT).logits
+        start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BT).logits
+    assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, start)
 
 
 @pytest.mark.parametrize("policy", ["full", "random", "filter-then-weight"])
