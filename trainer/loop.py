@@ -38,6 +38,7 @@ from trainer.checkpoints import (
 )
 from trainer.evaluation import evaluate
 from trainer.journal import Journal, decision_rows, step_row
+from trainer.lengthen import identity
 from trainer.loggers import Begun, LoggerType, Progress, get_logger
 from trainer.measures import StepFlops, measured_peak, peak_memory, step_flops
 from trainer.parallel import OneProcess, join_processes, local_device
@@ -104,7 +105,7 @@ class _Training:
         self.journal = Journal(
             run,
             ready.name,
-            spec=fingerprint(ready.spec),
+            spec=identity(ready.spec),
             stream=ready.stream.index.fingerprint,
             processes=processes,
         )
@@ -170,7 +171,7 @@ class _Training:
             load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url).tensors, url)
         self.ready.stream.load_state_dict(state.cursor)
         self.online.steps_taken = state.step
-        self.state = state
+        self.state = dataclasses.replace(state, spec=self.ready.spec)  # the number of steps may be another
         log.info("training %s goes on after step %d", self.ready.name, state.step)
 
     def _newest(self) -> str | None:

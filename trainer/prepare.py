@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from schemas.declared import declare
 from schemas.errors import InputError
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest
@@ -26,6 +25,7 @@ from trainer.batch_schedule import BatchSchedule
 from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
+from trainer.lengthen import declare_training
 from trainer.modes import Mode, choose_mode
 from trainer.parallel import OneProcess, local_device
 from trainer.parent import find_parent, go_on, inherit
@@ -166,9 +166,13 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             start_from=parent.fingerprint if parent is not None else "",
         )
     )
-    place = run.path(f"{run.training_folder(name)}/spec.json")
-    processes.decide(lambda: declare(place, "training", name, spec))
-    declare(place, "training", name, spec)
+    left = len(stream) - stream.position
+
+    def declared() -> None:
+        declare_training(run, name, spec, lambda asked: sizes.steps(left, asked))
+
+    processes.decide(declared)
+    declared()
     manifest_path = run.path(run.manifest_path("train", name))
     if exists(manifest_path):
         return run.manifest("train", name)
@@ -178,11 +182,11 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
-    total_steps = sizes.steps(len(stream) - stream.position, settings.steps)
+    total_steps = sizes.steps(left, settings.steps)
     if total_steps < settings.steps:
         log.warning(
             "the stream holds %d samples from here on: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
-            len(stream) - stream.position,
+            left,
             total_steps,
             settings.batch_schedule or settings.candidates,
             settings.steps,
