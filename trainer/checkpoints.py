@@ -44,6 +44,8 @@ from trainer.trainee import Trainee
 
 log = logging.getLogger(__name__)
 
+TARGET_FILE = "target.safetensors"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerState:
@@ -124,11 +126,13 @@ def write_checkpoint(
     state: TrainerState,
     beside: Mapping[str, Callable[[Path], None]] | None = None,
     weights: dict[str, Tensor] | None = None,
+    target: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, dict[str, tuple[int, str]]]:
     """Write checkpoint `state.step` below `folder_url`; returns its URL and (bytes, sha256) of every file, manifest included.
 
     `moments` (`optimizer_tensors`) may be left out. `beside` holds what writes further model folders into the checkpoint, by name.
     `weights` are the model's, where it does not hold them whole.
+    `target` is what of the target's direction survives a step.
     """
     url = join(folder_url, checkpoint_name(state.step))
     written: dict[str, tuple[int, str]] = {}
@@ -148,6 +152,8 @@ def write_checkpoint(
                 file.unlink()  # one file at a time twice on disk, not the whole model
     if moments is not None:
         put(OPTIMIZER_FILE, save_tensors(dict(moments)))
+    if target:
+        put(TARGET_FILE, save_tensors(dict(target)))
     put(STATE_FILE, pretty_json(state))
     files = [{"path": name, "bytes": size, "sha256": digest} for name, (size, digest) in sorted(written.items())]
     put(
@@ -197,11 +203,16 @@ def read_state(url: str) -> TrainerState:
         raise CorruptFile(f"{url}/{STATE_FILE} is damaged ({error})") from error
 
 
+def read_target_state(url: str) -> dict[str, Tensor]:
+    """What of the target's direction a checkpoint holds; empty where nothing survives a step."""
+    return read_tensors(join(url, TARGET_FILE)) if TARGET_FILE in list_names(url, ".safetensors") else {}
+
+
 def load_weights(model: nn.Module, url: str) -> None:
     """Weights of a checkpoint into a model of the same architecture, bitwise; of an adapter, those alone. Names must agree, tied ones may be left out."""
     tensors: dict[str, Tensor] = {}
     for name in list_names(url, ".safetensors"):
-        if name != OPTIMIZER_FILE:
+        if name not in (OPTIMIZER_FILE, TARGET_FILE):
             tensors.update(read_tensors(join(url, name)))
     if is_wrapped(model):
         load_adapter(model, tensors, url)

@@ -34,6 +34,7 @@ from trainer.checkpoints import (
     optimizer_tensors,
     prune_checkpoints,
     read_state,
+    read_target_state,
     write_checkpoint,
 )
 from trainer.evaluation import evaluate
@@ -46,6 +47,7 @@ from trainer.prepare import Prepared, candidate, prepare
 from trainer.settings import TrainSettings
 from trainer.step import OnlineStep
 from trainer.stream import shuffled_ranks
+from trainer.target_memory import Targets, all_samples
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +130,15 @@ class _Training:
             selection_weights=settings.selection_weights,
             mode=ready.mode,
             precondition=settings.precondition,  # type: ignore[arg-type]
-            preconditioner=settings.preconditioner,  # type: ignore[arg-type]
             gram=settings.gram,  # type: ignore[arg-type]
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             layout=ready.layout,
             oracle_every=settings.oracle_every,
             oracle_draws=settings.oracle_draws,
+            target_decay=settings.target_decay if settings.target_mode == "ema" else 0.0,
+            target_refresh=settings.target_refresh,
+            targets=settings.targets,  # type: ignore[arg-type]
         )
         self.evaluated = StepBatches(
             batch_tokens=settings.batch_tokens,
@@ -169,6 +173,7 @@ class _Training:
         self.averages.restore(url, state.averaged)
         if not state.ended:  # all that is left then is the manifest, and the moments may not have been kept
             load_optimizer_tensors(self.ready.model, self.ready.optimizer, read_optimizer(url).tensors, url)
+            self.online.load_target_state(read_target_state(url))
         self.ready.stream.load_state_dict(state.cursor)
         self.online.steps_taken = state.step
         self.state = dataclasses.replace(state, spec=self.ready.spec)  # the number of steps may be another
@@ -264,7 +269,7 @@ class _Training:
             self._checkpoint()
         return Progress(share=1.0 if ended else self._share(), row=row, timing=timing)
 
-    def _flops(self, result: StepResult, offered: Sequence[Candidate], target: Sequence[Encoded]) -> StepFlops:
+    def _flops(self, result: StepResult, offered: Sequence[Candidate], target: Targets) -> StepFlops:
         return step_flops(
             self.size,
             mode=result.mode,
@@ -272,7 +277,7 @@ class _Training:
             measured=[item.tokens for item in offered] if self.online.measures_losses else [],
             reference=self.reference_size,
             kept=[offered[index].tokens for index in result.decision.kept],
-            target=[len(item.ids) for item in target],
+            target=[len(item.ids) for item in all_samples(target)] if result.target_loss is not None else [],
             sketched_target=result.sketched_target,
             exact_alignment=self.settings.alignment == "exact" and bool(target),
         )
@@ -373,7 +378,9 @@ class _Training:
         keep = self.settings.keep_checkpoints + bool(self.state.ended)
 
         def write() -> None:
-            write_checkpoint(self.checkpoints, ready.trainee, moments, self.state, beside, weights)
+            write_checkpoint(
+                self.checkpoints, ready.trainee, moments, self.state, beside, weights, self.online.target_state()
+            )
             prune_checkpoints(self.checkpoints, keep, self.state.step)
 
         self.processes.decide(write)
@@ -381,10 +388,19 @@ class _Training:
     def _evaluate(self) -> float | None:
         return evaluate(self.ready.layout.route, self.ready.evaluation, self.evaluated, self.processes)
 
-    def _target_batch(self, number: int) -> list[Encoded]:
-        target = self.ready.target
+    def _target_batch(self, number: int) -> Targets:
+        """The target samples of a step, of every target where there are several."""
         if not self.online.wants_target(number):
             return []
+        drawn = 1 if self.settings.target_mode == "fixed" else number
+        if self.settings.targets == "together":
+            return self._draw([item for _, item in self.ready.target], drawn)
+        return {
+            name: self._draw([item for domain, item in self.ready.target if domain == name], drawn)
+            for name in sorted({domain for domain, _ in self.ready.target})
+        }
+
+    def _draw(self, target: list[Encoded], number: int) -> list[Encoded]:
         order = shuffled_ranks(self.settings.seed + 1, len(target), number)
         return [target[index] for index in order[: self.settings.target_batch]]
 

@@ -49,7 +49,8 @@ class Prepared:
     encoder: Encoder
     optimizer: torch.optim.Optimizer
     layout: WholeModel
-    target: list[Encoded]
+    target: list[tuple[str, Encoded]]
+    """Target samples, each with its domain."""
     evaluation: list[Encoded]
     dtype: str
     mode: Mode
@@ -118,6 +119,13 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         raise InputError(
             f"policy {settings.policy} compares candidates with target samples, and the stream at {stream.url} holds none: "
             "export a selection made for a target, or train with a policy that compares nothing, such as --policy full or random"
+        )
+    beside = read_beside(stream.url, index, "target")
+    domains = sorted({item.sample.domain for item in beside})
+    if settings.targets != "together" and policy.needs_sketches and len(domains) < 2:
+        raise InputError(
+            f"targets {settings.targets} compares with several targets, and the samples of the stream at {stream.url} are of one domain "
+            f"({domains[0] or 'without a name'}): name domains when the target is scored, or use targets together"
         )
     if settings.oracle_every and not index.target:
         raise InputError(
@@ -199,7 +207,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         encoder=encoder,
         optimizer=optimizer,
         layout=layout,
-        target=[encode(encoder, item) for item in read_beside(stream.url, index, "target")],
+        target=[(item.sample.domain, encode(encoder, item)) for item in beside],
         evaluation=[encode(encoder, item) for item in read_beside(stream.url, index, "evaluation")],
         dtype=dtype,
         mode=mode,

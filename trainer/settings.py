@@ -53,14 +53,24 @@ class TrainSettings:
 
     policy: str = "filter-then-weight"
     """What a step does with its candidates: `full` (train on all), `random`; by what the model finds hard: `loss`, `high-perplexity`,
-    `grad-norm`, `rho`; against the target: `match`, `tracin`, `grad-match`, `greats`, `opus`, `filter-then-weight`, and its ablations
-    `filter-only`, `vanilla-filter`, `vanilla-filter-then-weight`, `unbounded-weights`, `hard-filter`, `hard-filter-omp`."""
+    `grad-norm`, `rho`; against the target: `match`, `tracin`, `grad-match`, `greats`, `opus`, `less-online`, `filter-then-weight`, and its
+    ablations `filter-only`, `vanilla-filter`, `vanilla-filter-then-weight`, `unbounded-weights`, `hard-filter`, `hard-filter-omp`."""
     candidates: int = 16
     """Samples offered at a step."""
     n_keep: int = 8
     """Candidates trained on at a step, at most; `full` and the filters `threshold` and `none` are not bound by it."""
     target_batch: int = 4
-    """Target samples a step compares candidates with; drawn anew at every step, in a seeded order."""
+    """Target samples a step compares candidates with, of each target where there are several; in a seeded order."""
+    target_mode: str = "redrawn"
+    """Which these are: `redrawn` (others at every step), `fixed` (the same in all), or `ema` (redrawn, their direction averaged with
+    those of the steps before)."""
+    target_decay: float = 0.9
+    """Weight of the past in the average of `ema`, per direction taken."""
+    target_refresh: int = 1
+    """Steps that a direction of the target is kept for; above 1 the steps between save its gradient, and compare with an older one."""
+    targets: str = "together"
+    """What the domains of the target's samples are: `together` (one target), or targets of their own, of which a candidate's alignments
+    are averaged (`mean`) or the largest counts (`max`)."""
     metric: str = "target"
     """What candidates and target are compared in, by what the optimizer's next step multiplies a gradient by, P: `target` (the target's
     gradient through P), `update` (both sides), `natural` (both through its root), `opus` (the candidates'), `sgd` (neither)."""
@@ -247,6 +257,12 @@ class TrainSettings:
             raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
         if not 0 <= self.schedule_smoothing <= 1:
             raise InputError(f"schedule_smoothing must lie in [0, 1], not {self.schedule_smoothing}")
+        if self.target_mode not in ("redrawn", "fixed", "ema"):
+            raise InputError(f"unknown value {self.target_mode!r} of target_mode: choose one of redrawn, fixed, ema")
+        if not 0 < self.target_decay < 1:
+            raise InputError(f"target_decay must lie in (0, 1), not {self.target_decay}")
+        if self.targets not in ("together", "mean", "max"):
+            raise InputError(f"unknown value {self.targets!r} of targets: choose one of together, mean, max")
         if self.steps and self.token_budget:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.mode not in ("two-pass", "one-pass", "auto"):
@@ -274,6 +290,7 @@ class TrainSettings:
         return PolicyOptions(
             n_keep=self.n_keep,
             metric=self.metric,
+            preconditioner=self.preconditioner,
             filter=self.filter,
             filter_temperature=self.filter_temperature,
             filter_score=self.filter_score,
@@ -351,6 +368,7 @@ _AT_LEAST = {
     "lora": 0,
     "candidates": 1,
     "target_batch": 1,
+    "target_refresh": 1,
     "warmup_select": 1,
     "proj_rank": 1,
     "oracle_every": 0,

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
 from selection_ops.online.filters import Draw
-from selection_ops.online.metrics import Diagnostics, Geometry, geometry, get_metric
+from selection_ops.online.metrics import Diagnostics, Geometry, geometry, get_metric, nearest_target
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.oracle import OracleReport
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy, resolve_options
@@ -37,13 +37,13 @@ from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
-from trainer.live_optimizer import Asked
 from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
 from trainer.optimizers import AnyOptimizer
 from trainer.oracle import one_step_oracle
 from trainer.sharding import WholeModel, whole
-from trainer.target_direction import TargetDirection, TargetPass
+from trainer.target_direction import TargetPass
+from trainer.target_memory import Directions, Several, TargetMemory, Targets, all_samples
 
 _DEFAULTS = PolicyOptions()
 Alignment = Literal["sketched", "exact"]
@@ -83,13 +83,15 @@ class OnlineStep:
         selection_weights: bool = True,
         mode: Mode = "two-pass",
         precondition: Form = "auto",
-        preconditioner: Asked = "auto",
         gram: Gram = "sketched",
         alignment: Alignment = "sketched",
         reference_model: Any = None,
         layout: WholeModel | None = None,
         oracle_every: int = 0,
         oracle_draws: int = 8,
+        target_decay: float = 0.0,
+        target_refresh: int = 1,
+        targets: Several = "together",
     ) -> None:
         """`layout` says which processes train together and where the model lies; one process and all of it if left out."""
         self.model, self.optimizer = model, optimizer
@@ -112,7 +114,7 @@ class OnlineStep:
         )
         self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
-        self._target: TargetPass | None = None
+        self._target: TargetMemory | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
         self._reference: HeadRoute | None = None
         if reference_model is not None and self.policy.needs_reference_losses:
@@ -129,7 +131,12 @@ class OnlineStep:
             )
         if self._engine is not None and self.policy.needs_sketches:
             self._preconditioner = LivePreconditioner(
-                model, self._engine, optimizer, self.metric, asked=preconditioner, form=precondition
+                model,
+                self._engine,
+                optimizer,
+                self.metric,
+                asked=options.preconditioner,  # type: ignore[arg-type]
+                form=precondition,
             )
             if gram != "sketched" and (mode != "one-pass" or processes.count > 1):
                 raise InputError(
@@ -140,7 +147,11 @@ class OnlineStep:
                 raise InputError(
                     "alignments with the LESS form are no inner products of gradients; use alignment sketched"
                 )
-            self._target = TargetPass(
+            if exact and (target_decay or targets != "together"):
+                raise InputError(
+                    "an average of target directions, or several targets, are compared by sketches; use alignment sketched"
+                )
+            taking = TargetPass(
                 self.layout,
                 self._engine,
                 self._preconditioner,
@@ -148,18 +159,19 @@ class OnlineStep:
                 proj_rank=proj_rank,
                 seed=seed,
             )
+            self._target = TargetMemory(taking, refresh=target_refresh, decay=target_decay, several=targets)
 
     def step(
         self,
         candidates: Sequence[Candidate],
-        target: Sequence[Encoded] = (),
+        target: Targets = (),
         *,
         token_limit: int | None = None,
         n_keep: int | None = None,
     ) -> StepResult:
         """Choose among `candidates`, against `target` where the policy looks at it, and take one optimizer step.
 
-        `n_keep` takes the place of that of the options in this step, of a policy that was given by name.
+        `target` holds samples, or with `targets` mean or max those of several targets by name. `n_keep` takes the place of that of the options in this step, of a policy that was given by name.
         Every process is given the same candidates and target. Figures of the choice (geometry) stand in the result of process 0.
         Nothing is stepped where nothing is kept (a token limit can do that). Raises `LehrError` naming step and samples
         where a loss or gradient is not finite; the parameters are then untouched.
@@ -175,7 +187,7 @@ class OnlineStep:
         loss_N: list[float | None] = [None] * len(candidates)
         reference_N: list[float | None] | None = None
         norm_N: list[float] | None = None
-        wanted: TargetDirection | None = None
+        wanted: Directions | None = None
         metric = get_metric("sgd")
         if self._engine is not None:
             if self._target is not None:
@@ -184,13 +196,18 @@ class OnlineStep:
                 wanted = self._target(metric, target, self._batches, number)
                 folded = self._preconditioner.folds(metric)
                 self._engine.precondition(self._preconditioner.of_power(metric.candidate_power, folded=folded))
-                self._engine.align_with(wanted.whole)
+                self._engine.align_with(wanted.parts[0].whole)
             sketched = self._sketches(self._engine, candidates, number)
             loss_N, norm_N = sketched.loss_N, sketched.sketch_NK.double().norm(dim=1).tolist()
             if wanted is not None:
                 target_loss = wanted.loss
                 if self._processes.leads:
-                    space = geometry(metric.name, sketched.sketch_NK, wanted.sketch_K, sketched.align_N, wanted.square)
+                    space = nearest_target(
+                        [
+                            geometry(metric.name, sketched.sketch_NK, part.sketch_K, sketched.align_N, part.square)
+                            for part in wanted.parts
+                        ]
+                    )
                     space = self._exactly(space, candidates, metric.candidate_power)
         elif self.measures_losses:
             loss_N = self._losses(self.layout.route, [item.encoded for item in candidates])
@@ -260,7 +277,7 @@ class OnlineStep:
             padding_share=self._batches.padding_share,
             trained_tokens=sum(item.tokens for item in kept),
             geometry=space,
-            sketched_target=wanted is not None and not wanted.formed,
+            sketched_target=wanted is not None and not wanted.parts[0].formed,
             oracle=report,
             selection_seconds=selecting,
             oracle_seconds=tried,
@@ -281,6 +298,15 @@ class OnlineStep:
             weight_S = normalise(weight_S * given_S)
         return weight_S
 
+    def target_state(self) -> dict[str, Tensor]:
+        """What of the target's direction survives this step, by name; empty where nothing does."""
+        return self._target.state() if self._target is not None else {}
+
+    def load_target_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `target_state`."""
+        if self._target is not None:
+            self._target.restore(tensors, self._device)
+
     @property
     def measures_losses(self) -> bool:
         """Whether losses of the candidates are taken by a forward pass before the choice."""
@@ -296,16 +322,17 @@ class OnlineStep:
     def _oracle(
         self,
         candidates: Sequence[Candidate],
-        target: Sequence[Encoded],
+        target: Targets,
         decision: Decision,
         weight_S: Tensor,
         space: Geometry | None,
         number: int,
     ) -> OracleReport:
         """What this step would do to the loss of `target`, and what random ones would; nothing changes."""
-        if not target:
+        samples = all_samples(target)
+        if not samples:
             raise InputError("the oracle measures the loss of target samples; give the step some")
-        tokens = sum(sum(item.loss_mask) for item in target)
+        tokens = sum(sum(item.loss_mask) for item in samples)
 
         def update(places: Sequence[int], weight_S: Tensor) -> None:
             kept = [candidates[place] for place in places]
@@ -325,7 +352,7 @@ class OnlineStep:
                 loss_tokens_N=[item.loss_tokens for item in candidates],
                 weigh=lambda places: self._weights_of(candidates, places, torch.ones(len(places), dtype=torch.float64)),
                 update=update,
-                target_loss=lambda: sum(value or 0.0 for value in self._losses(self.layout.route, target)) / tokens,
+                target_loss=lambda: sum(value or 0.0 for value in self._losses(self.layout.route, samples)) / tokens,
                 space=space,
             )
         finally:

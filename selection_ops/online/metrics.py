@@ -53,7 +53,7 @@ def get_metric(name: str) -> Metric:
 class Geometry:
     """What one step's choice is made from, in float64 on the CPU; K and b come from the same sketches, or either is exact.
 
-    `target_square` is u'u, the scale of the matching error.
+    `target_square` is u'u, the scale of the matching error; 0 where b has no single direction behind it.
     """
 
     metric: str
@@ -97,6 +97,18 @@ def geometry(
         align_N=align_N.detach().to("cpu", torch.float64),
         target_square=target_square,
     )
+
+
+def nearest_target(spaces: Sequence[Geometry]) -> Geometry:
+    """One geometry of the same candidates against several targets: each is aligned with the target it is most aligned with.
+
+    The largest alignment is no inner product with one direction, so matching error and cosine have no meaning.
+    """
+    first, *others = spaces
+    if not others:
+        return first
+    align_N = torch.stack([space.align_N for space in spaces]).amax(0)
+    return dataclasses.replace(first, align_N=align_N, target_square=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

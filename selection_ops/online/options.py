@@ -15,6 +15,8 @@ class PolicyOptions:
     """Candidates trained on at a step, at most; `full` and the filters `threshold` and `none` are not bound by it."""
     metric: str = "target"
     """What candidates and target are compared in: `target` (the target's gradient through the live preconditioner), `sgd` (as it is)."""
+    preconditioner: str = "auto"
+    """What the metric takes for the preconditioner of the live optimizer: `auto` (what the optimizer does), or one of its other forms."""
     filter: str = "greedy"
     """Filter: `greedy`, `omp`, `boltzmann`, `set-cosine`, `top-k`, `cosine`, `threshold`, `random` or `none`."""
     filter_score: str = "decrease"

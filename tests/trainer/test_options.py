@@ -109,6 +109,34 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         {"target_batch": 8},
         lambda a, b: a.steps[0]["target_loss"] != b.steps[0]["target_loss"],
     ),
+    "target_mode": (
+        {"metric": "sgd"},
+        {"metric": "sgd", "target_mode": "fixed"},
+        lambda a, b: (
+            a.steps[0]["target_loss"] == b.steps[0]["target_loss"] and a.steps[1]["alpha"] != b.steps[1]["alpha"]
+        ),
+    ),
+    "target_decay": (
+        {"target_mode": "ema", "metric": "sgd"},
+        {"target_mode": "ema", "metric": "sgd", "target_decay": 0.1},
+        # The average of one direction is that direction, to rounding.
+        lambda a, b: (
+            a.steps[0]["alpha"] == pytest.approx(b.steps[0]["alpha"], rel=1e-4)
+            and a.steps[1]["alpha"] != pytest.approx(b.steps[1]["alpha"], rel=1e-4)
+        ),
+    ),
+    "target_refresh": (
+        {"metric": "sgd"},
+        {"metric": "sgd", "target_refresh": 2},
+        lambda a, b: (
+            [[r["target_loss"] is None for r in x.steps] for x in (a, b)] == [[False] * 3, [False, True, False]]
+        ),
+    ),
+    "targets": (
+        {},
+        {"targets": "max"},
+        lambda a, b: a.steps[0]["matching_error"] is not None and b.steps[0]["matching_error"] is None,
+    ),
     "metric": ({}, {"metric": "sgd"}, lambda a, b: [r["metric"] for r in b.steps] == ["sgd"] * 3),
     "warmup_select": (
         {},
@@ -474,6 +502,10 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"policy": "tracin", "weights": "simplex"}, "policy tracin fixes weights to uniform"),
         ({"policy": "rho"}, "name it with --reference-model"),
         ({"filter": "best"}, "greedy, omp, boltzmann"),
+        ({"target_mode": "moving"}, "redrawn, fixed, ema"),
+        ({"target_decay": 1.0}, "target_decay must lie in"),
+        ({"targets": "both"}, "together, mean, max"),
+        ({"target_refresh": 0}, "target_refresh must be at least 1"),
         ({"schedule": "exp"}, "linear, sqrt, cosine"),
         ({"schedule": "refined"}, "belong together"),
         ({"schedule_from": "earlier"}, "belong together"),

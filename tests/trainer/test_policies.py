@@ -116,10 +116,10 @@ def test_signed_weights_pull_and_push() -> None:
     assert all(torch.allclose(p, q, rtol=0, atol=1e-12) for p, q in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("name", [name for name in policy_names() if name != "opus"])
+@pytest.mark.parametrize("name", policy_names())
 def test_every_policy_trains_and_says_what_it_did(world: tuple[Run, Path], name: str) -> None:
     run, folder = world
-    given = {"reference_model": str(folder)} if name == "rho" else {}
+    given: dict[str, Any] = {"reference_model": str(folder)} if name == "rho" else {"warmup_select": 1}
     summary = train(run, settings(folder, name, policy=name, **given))
     assert summary["steps"] == 2
     rows, decisions = journal(run, name), journal(run, name, "decisions")
@@ -130,10 +130,18 @@ def test_every_policy_trains_and_says_what_it_did(world: tuple[Run, Path], name:
         assert row["kept"] <= 4 or name in ("full", "hard-filter")
         if name not in ("full", "random"):
             assert all(d["score"] is not None for d in mine)
+    metric = {"opus": "opus", "less-online": "opus", "match": "target", "filter-then-weight": "target", "tracin": "sgd"}
+    if name in metric:
+        assert [row["metric"] for row in rows] == ["sgd", metric[name]]
     spec = run.manifest("train", name).spec
-    assert spec["filter"] == {"tracin": "top-k", "match": "set-cosine", "hard-filter": "threshold"}.get(
-        name, "omp" if name in ("grad-match", "hard-filter-omp") else "greedy"
-    )
+    assert spec["preconditioner"] == ("less" if name == "less-online" else "auto")
+    assert spec["filter"] == {
+        "tracin": "top-k",
+        "match": "set-cosine",
+        "hard-filter": "threshold",
+        "opus": "boltzmann",
+        "less-online": "cosine",
+    }.get(name, "omp" if name in ("grad-match", "hard-filter-omp") else "greedy")
 
 
 def test_reference_model_is_part_of_the_spec_and_changes_what_is_kept(world: tuple[Run, Path], tmp_path: Path) -> None:

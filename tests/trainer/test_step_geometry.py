@@ -147,8 +147,8 @@ def compare(
     model = trainable(kind)
     state = optimizer_of(model, optimizer)
     online = OnlineStep(
-        model, state, options=PolicyOptions(n_keep=3, metric=metric), proj_rank=RANK, warmup_select=2, dtype="float64",
-        batch_tokens=40, mode=mode, precondition=form, preconditioner=asked, seed=SEED, **exactness,
+        model, state, options=PolicyOptions(n_keep=3, metric=metric, preconditioner=asked), proj_rank=RANK, warmup_select=2, dtype="float64",
+        batch_tokens=40, mode=mode, precondition=form, seed=SEED, **exactness,
     )  # fmt: skip
     acted = []
     for step in range(4):
@@ -250,11 +250,14 @@ def test_exact_interactions_want_one_pass() -> None:
     refused(torch.optim.AdamW, "use mode one-pass there, or gram sketched", gram="exact")
 
 
-def refused(optimizer: Any, message: str, metric: str = "target", **settings: Any) -> None:
+def refused(
+    optimizer: Any, message: str, metric: str = "target", preconditioner: str = "auto", **settings: Any
+) -> None:
     model = trainable()
     with pytest.raises(InputError, match=message):
         OnlineStep(
-            model, optimizer(model.parameters()), options=PolicyOptions(metric=metric), dtype="float64", proj_rank=RANK,
+            model, optimizer(model.parameters()), options=PolicyOptions(metric=metric, preconditioner=preconditioner),
+            dtype="float64", proj_rank=RANK,
             **settings,
         )  # fmt: skip
 
@@ -271,14 +274,15 @@ def test_an_optimizer_that_no_preconditioner_fits_is_named() -> None:
 
 def test_none_and_sgd_need_no_state() -> None:
     """RMSprop under `none` acts as `sgd`; SGD's own step is a number: from the first step on, with nothing to wait for."""
-    for kind, settings, acts, factor in (
-        (torch.optim.RMSprop, {"preconditioner": "none"}, "sgd", 1.0),
-        (torch.optim.SGD, {}, "target", 1.0 + 0.9),
+    for kind, asked, acts, factor in (
+        (torch.optim.RMSprop, "none", "sgd", 1.0),
+        (torch.optim.SGD, "auto", "target", 1.0 + 0.9),
     ):
         model = trainable()
         more: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
         optimizer = kind(model.parameters(), lr=0.0, **more)
-        online = OnlineStep(model, optimizer, dtype="float64", proj_rank=RANK, seed=SEED, **settings)  # type: ignore[arg-type]
+        options = PolicyOptions(preconditioner=asked)
+        online = OnlineStep(model, optimizer, options=options, dtype="float64", proj_rank=RANK, seed=SEED)
         candidates, target = offer(5), encoded(3, seed=1)
         _, align, _ = Oracle(model, optimizer, candidates, target, metric="sgd", form="exact").geometry()
         result = online.step(candidates, target)

@@ -58,6 +58,7 @@ NAMES = [
     "hard-filter",
     "hard-filter-omp",
     "high-perplexity",
+    "less-online",
     "loss",
     "match",
     "opus",
@@ -265,6 +266,8 @@ def test_policies_of_equal_weights_by_their_formulas(seed: int) -> None:
     options = PolicyOptions(n_keep=4)
     equal(make_policy("match", options).choose(offered), set_cosine(z, u, 4))
     equal(make_policy("tracin", options).choose(offered), highest([float(row @ u) for row in z], 4))
+    cosines = [float(row @ u) / float(np.linalg.norm(row)) for row in z]
+    equal(make_policy("less-online", options).choose(offered), highest(cosines, 4))
     equal(make_policy("greats", options).choose(offered), greedy(z @ z.T, z @ u, 4, "residual"))
     for name in ("filter-only", "vanilla-filter"):
         equal(make_policy(name, options).choose(offered), greedy(z @ z.T, z @ u, 4, "decrease"))
@@ -321,7 +324,8 @@ def test_a_policy_says_what_it_needs_and_fixes() -> None:
     assert {name for name, metric in metrics.items() if metric == "sgd"} == {
         "tracin", "grad-match", "greats", "vanilla-filter", "vanilla-filter-then-weight",
     }  # fmt: skip
-    assert metrics["opus"] == "opus"
+    assert {name for name, metric in metrics.items() if metric == "opus"} == {"opus", "less-online"}
+    assert {name for name in NAMES if resolve_options(name, options).preconditioner != "auto"} == {"less-online"}
     needs = {
         name: {flag for flag in ("sketches", "losses", "reference_losses", "norms") if getattr(policy, f"needs_{flag}")}
         for name in NAMES
