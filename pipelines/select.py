@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,9 @@ def _solution_record(
 
 def _counts(reason_N: np.ndarray) -> dict[str, int]:
     """How many candidates were left for each reason; what a duplicate repeats is not part of its reason."""
-    words = pc.replace_substring_regex(pa.array(reason_N, pa.string()), r"(?s) .*", "")
-    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(words).to_pylist()}
+    found: Counter[str] = Counter()
+    for entry in pc.value_counts(pa.array(reason_N, pa.string())).to_pylist():
+        found[entry["values"].split(" ")[0]] += entry["counts"]
     return dict(sorted(found.items()))
 
 

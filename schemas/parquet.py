@@ -18,7 +18,12 @@ from schemas.ranged import open_ranged
 from schemas.storage import filesystem, is_local, read_bytes, sha256, write_whole
 from schemas.tables import SCHEMA_VERSION, table_schema
 
-ROW_GROUP_ROWS = 2000
+VECTOR_ROWS = 2_000
+"""Rows of a row group with a sketch: 8 MB decoded at k = 2048, which is what a reader holds at a time."""
+SCALAR_ROWS = 20_000
+"""Rows of a row group without one: a page costs about the same whether it is full or not, and a table has a page a column."""
+_UNIQUE = {"sample_id", "content_id", "source_id", "preview", "text"}
+"""Texts that hardly repeat: a dictionary of them is built and thrown away again."""
 _DIGEST = b"lehr.sha256"
 _DIGEST_MARK = _DIGEST + b"\x18\x40"
 """The key as Parquet writes it, with what says that a string of 64 bytes follows."""
@@ -62,20 +67,20 @@ def _without_reader_notes(table: pa.Table) -> pa.Table:
 def encode_table(table: pa.Table, footer: Footer) -> bytes:
     """Bytes of a Parquet file; equal tables and footers give equal bytes with one version of pyarrow.
 
-    Vectors are byte-stream split (1.77 bytes per float16 after zstd), everything else is dictionary encoded; pages carry
+    Vectors are byte-stream split (1.77 bytes per float16 after zstd), texts that repeat are dictionary encoded; pages carry
     checksums because readers are silent about flipped bits otherwise. Those do not cover the footer: it holds the SHA-256 of
     the whole file, taken with zeros in its own place.
     """
     table = _without_reader_notes(table)
     vectors = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
-    plain = [field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_map(field.type)]
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,
         table.schema,
         compression="zstd",
         compression_level=1,
-        use_dictionary=[name for name in plain if not pa.types.is_map(table.schema.field(name).type)],
+        use_dictionary=[name for name in texts if name not in _UNIQUE],
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in vectors} or None,
         write_page_checksum=True,
         write_page_index=True,
@@ -91,11 +96,12 @@ def encode_table(table: pa.Table, footer: Footer) -> bytes:
             _DIGEST.decode(): _BLANK.decode(),
         }
     )
-    writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+    writer.write_table(table, row_group_size=VECTOR_ROWS if vectors else SCALAR_ROWS)
     writer.close()
-    data = sink.getvalue().to_pybytes()
+    data = bytearray(sink.getvalue())
     place = data.rindex(_DIGEST_MARK) + len(_DIGEST_MARK)
-    return data[:place] + sha256(data).encode() + data[place + len(_BLANK) :]
+    data[place : place + len(_BLANK)] = sha256(data).encode()
+    return bytes(data)
 
 
 def _check_digest(data: bytes | pa.Buffer, url: str) -> None:

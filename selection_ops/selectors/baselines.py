@@ -12,6 +12,7 @@ import numpy as np
 from schemas.errors import InfeasibleError
 from selection_ops.selectors.base import Choice, Selector, selector
 from selection_ops.selectors.direct import id_uniform
+from selection_ops.selectors.ordering import best_first
 from selection_ops.selectors.outliers import loss_per_token
 from selection_ops.selectors.problem import Problem
 from selection_ops.selectors.rounding import fill_ranked
@@ -35,7 +36,8 @@ class Ranking(Selector):
         """See the class."""
         score_n = self.score(problem)
         feasible = problem.feasible()
-        ranked_n = np.argsort(-score_n, kind="stable")
+        most = int(feasible.budget) if feasible.counts_samples else len(score_n)
+        ranked_n = best_first(np.where(np.isfinite(score_n), score_n, np.nan), most)
         ranked_n = ranked_n[np.isfinite(score_n[ranked_n])]
         if self.signed and problem.settings.allow_short:
             ranked_n = ranked_n[score_n[ranked_n] > 0.0]

@@ -15,6 +15,7 @@ from schemas.errors import LehrError
 from selection_ops.curvature import TargetGeometry
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import Choice
+from selection_ops.selectors.ordering import text_codes
 from selection_ops.selectors.problem import Problem, plain_target
 from selection_ops.selectors.relaxed import SetCosine, cosine_of, relaxed_optimum
 from selection_ops.selectors.threshold import FeasibleSet, solve_threshold
@@ -208,10 +209,7 @@ def _supply(
 def _domain_shares(problem: Problem, index_n: np.ndarray) -> dict[str, dict[str, float]]:
     """Shares by domain of all candidates and of the chosen ones, in samples and in tokens."""
     candidates = problem.candidates
-    texts = [str(domain) for domain in candidates.domain]
-    names = sorted(set(texts))
-    code_of = {name: code for code, name in enumerate(names)}
-    code_N = np.fromiter((code_of[text] for text in texts), np.int64, len(texts))
+    names, code_N = text_codes(candidates.domain)
     tokens_N = candidates.tokens_N.astype(np.float64)
 
     def shares(index: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -222,7 +220,7 @@ def _domain_shares(problem: Problem, index_n: np.ndarray) -> dict[str, dict[str,
     before, after = shares(every, np.ones(len(every))), shares(index_n, np.ones(len(index_n)))
     before_tokens, after_tokens = shares(every, tokens_N), shares(index_n, tokens_N[index_n])
     return {
-        name: {
+        str(name): {
             "before": float(before[d]),
             "after": float(after[d]),
             "before_tokens": float(before_tokens[d]),

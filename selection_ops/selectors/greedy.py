@@ -131,7 +131,8 @@ class _Guard:
     def _affordable(self) -> np.ndarray:
         feasible, order = self.feasible, self.cost_order
         assert feasible.cost_n is not None and feasible.limit is not None and order is not None
-        room = feasible.limit - self.spent
+        # Equal sums in another order differ by roundings; the last word has `within_limit`.
+        room = feasible.limit - self.spent + 1e-12 * feasible.limit
         cost_m = feasible.cost_n
         rest = round(self.left) - 1 if feasible.equality else 0
         if rest <= 0:
@@ -139,9 +140,7 @@ class _Guard:
         # The cheapest way to fill the rest. A row that belongs to it is always affordable, and counting it twice gives
         # at most what the row after them would cost, so it is not refused either.
         cheap = order[self.free[order]][:rest]
-        with_rest = cost_m + float(cost_m[cheap].sum())
-        # Equal sums in another order differ by roundings; the last word has `within_limit`.
-        return with_rest <= room + 1e-12 * feasible.limit
+        return cost_m + float(cost_m[cheap].sum()) <= room
 
     def take(self, row: int) -> None:
         """Spend a row."""

@@ -15,6 +15,7 @@ from selection_ops.selectors.base import Choice, Selector, selector
 from selection_ops.selectors.blocks import all_fit, in_blocks
 from selection_ops.selectors.greedy import greedy
 from selection_ops.selectors.limit import limited
+from selection_ops.selectors.ordering import best_first
 from selection_ops.selectors.problem import Problem, gain_cosine, target_direction
 from selection_ops.selectors.relaxed import Relaxed, SetCosine, best_set, bound_near, relaxed_optimum
 from selection_ops.selectors.rounding import fill_ranked
@@ -128,7 +129,8 @@ class Match(Selector):
         greedy_n: np.ndarray,
     ) -> tuple[np.ndarray, str, float]:
         """The greedy set, unless the top by cosine has a larger set cosine, or greedy could not fill the budget."""
-        top_n = fill_ranked(_ranked(gain_n), feasible)
+        most = int(feasible.budget) if feasible.counts_samples else len(gain_n)
+        top_n = fill_ranked(best_first(gain_n, most), feasible)
         proposals = {"greedy": greedy_n, "top by cosine": top_n}
         values, name = best_set(problem, feasible, objective, scale_n, proposals)
         if name is not None:
@@ -138,21 +140,20 @@ class Match(Selector):
         return cheaper_n, "linear subproblem by cosine", values["top by cosine"]
 
 
-def _ranked(gain_n: np.ndarray) -> np.ndarray:
-    return np.argsort(-gain_n, kind="stable")
-
-
 def _shortlist(gain_n: np.ndarray, feasible: FeasibleSet, multiple: float) -> np.ndarray:
     """Positions of the best by cosine, in pool order: as many as `multiple` budgets hold, and more where a limit, a cap
     or a floor could not be met among them."""
     count = len(gain_n)
     if multiple == 0.0:
         return np.arange(count)
-    ranked_n = _ranked(gain_n)
-    taken = int(np.searchsorted(np.cumsum(feasible.size_n[ranked_n]), multiple * feasible.budget, side="right"))
+    if feasible.counts_samples:
+        taken = int(multiple * feasible.budget)
+    else:
+        ranked_n = best_first(gain_n, count)
+        taken = int(np.searchsorted(np.cumsum(feasible.size_n[ranked_n]), multiple * feasible.budget, side="right"))
     taken = max(1, taken)
     while taken < count:
-        short_n = np.sort(ranked_n[:taken])
+        short_n = np.sort(best_first(gain_n, taken))
         if solve_threshold(gain_n[short_n], feasible.restricted(short_n)).feasible:
             return short_n
         taken = min(count, 2 * taken)

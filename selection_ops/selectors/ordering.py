@@ -6,6 +6,7 @@ Shape legend: N texts.
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 
 
 def text_order(text_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,6 +33,31 @@ def text_order(text_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = np.flatnonzero(tied)
         tied[places] = np.all(keys[order[places]] == keys[order[places - 1]], axis=1)
     return order, tied
+
+
+def text_codes(text_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct texts in ascending order, and for each text the place of its own among them; for texts of few values."""
+    coded = pa.array(np.asarray(text_N, dtype=object), pa.string()).dictionary_encode()
+    names = np.array(coded.dictionary.to_pylist(), dtype=str)
+    order = np.argsort(names)
+    place = np.empty(len(names), dtype=np.int64)
+    place[order] = np.arange(len(names))
+    return names[order], place[coded.indices.to_numpy()]
+
+
+def best_first(score_n: np.ndarray, most: int) -> np.ndarray:
+    """Positions of the `most` largest scores, best first; ties go to the smaller position, and what is not a number comes last.
+
+    It is the beginning of the whole stable order, without sorting the rest.
+    """
+    price_n = np.negative(score_n)
+    if most >= len(price_n):
+        return np.argsort(price_n, kind="stable")
+    edge = np.partition(price_n, most)[most]
+    if np.isnan(edge):
+        return np.argsort(price_n, kind="stable")[:most]
+    near_n = np.flatnonzero(price_n <= edge)
+    return near_n[np.argsort(price_n[near_n], kind="stable")][:most]
 
 
 def first_equal(text_N: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from schemas.errors import InfeasibleError, InputError
 from selection_ops.curvature import CURVATURE_COLUMNS, TargetGeometry, curvature_columns
 from selection_ops.selectors import rows
 from selection_ops.selectors.base import CandidateSet, Selector
-from selection_ops.selectors.ordering import as_text, first_equal, text_order
+from selection_ops.selectors.ordering import as_text, first_equal, text_codes, text_order
 from selection_ops.selectors.outliers import find_outliers
 from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.settings import Budget, SelectorSettings
@@ -237,7 +237,7 @@ class Problem:
         return found
 
     def _quotas(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        names, group_n = np.unique(np.asarray(self.candidates.domain)[self.pool_n].astype(str), return_inverse=True)
+        names, group_n = text_codes(self.candidates.domain[self.pool_n])
         budget = self.budget.amount
         caps_D, floors_D = np.full(len(names), np.inf), np.zeros(len(names))
         for domain in _in_order(self.settings.quotas, self.settings.floors):

@@ -32,9 +32,11 @@ def dot_rows(unit_NK: torch.Tensor, vectors_PK: torch.Tensor) -> np.ndarray:
 
     def work(begin: int, end: int) -> None:
         product_BP = torch.empty(BLOCK_ROWS, vectors_KP.shape[1])
-        row_BK = _buffer(unit_NK, n_rows)
+        row_BK = None if unit_NK.dtype == torch.float32 else _buffer(unit_NK, n_rows)
         for start, stop in _blocks(begin, end):
-            row, product = row_BK[: stop - start].copy_(unit_NK[start:stop]), product_BP[: stop - start]
+            row, product = unit_NK[start:stop], product_BP[: stop - start]
+            if row_BK is not None:
+                row = row_BK[: stop - start].copy_(row)
             if vectors_KP.shape[1] == 1:
                 torch.mv(row, vectors_KP[:, 0], out=product[:, 0])
             else:

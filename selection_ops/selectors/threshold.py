@@ -11,6 +11,7 @@ linear dual, found by intersecting the two lines that bracket it, which ends exa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +42,11 @@ class FeasibleSet:
     """Largest size of each domain, infinity where free."""
     floors_D: np.ndarray | None = None
     """Smallest size of each domain, 0 where free."""
+
+    @cached_property
+    def counts_samples(self) -> bool:
+        """Whether a whole number of samples is to be chosen and nothing else matters, so that no order need be sorted out."""
+        return self.group_n is None and self.budget == int(self.budget) and bool(np.all(self.size_n == 1.0))
 
     def scaled(self, budget: float) -> FeasibleSet:
         """The set spent to exactly `budget` (at most the present one), without floors.
@@ -121,10 +127,11 @@ def solve_threshold(c_n: np.ndarray, feasible: FeasibleSet) -> ThresholdSolution
         return _solution(c_n, feasible, best, best, mu=0.0, smallest=smallest)
 
     # Invariant: `high` is dear (cost above the limit), `low` is cheap; both maximise c - mu cost for some mu.
-    size_of_c_n = np.abs(c_n)
 
     def measured(vertex_n: np.ndarray) -> tuple[float, float, float]:
-        return float(c_n @ vertex_n), float(cost_n @ vertex_n), float(size_of_c_n @ vertex_n)
+        taken_n = np.flatnonzero(vertex_n)
+        share_n, gain_n = vertex_n[taken_n], c_n[taken_n]
+        return float(gain_n @ share_n), float(cost_n[taken_n] @ share_n), float(np.abs(gain_n) @ share_n)
 
     high, low, mu = best, cheap, 0.0
     at_high, at_low = measured(high), measured(low)
@@ -185,7 +192,7 @@ def _can_spend(feasible: FeasibleSet) -> bool:
 def _fill(price_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
     """The fractional knapsack for one price: best price per unit of size first, floors before all, caps respected."""
     size_n, budget = feasible.size_n, feasible.budget
-    if _counts_samples(feasible):
+    if feasible.counts_samples:
         return _top(price_n, int(budget), positive=not feasible.equality)
     key_n = price_n / size_n
     wanted_n = np.ones(len(key_n), dtype=bool) if feasible.equality else key_n > 0.0
@@ -195,7 +202,7 @@ def _fill(price_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
 def _fill_cheapest(c_n: np.ndarray, feasible: FeasibleSet) -> np.ndarray:
     """The weights of smallest cost, and among those of largest gain."""
     assert feasible.cost_n is not None
-    if feasible.equality and _counts_samples(feasible):
+    if feasible.equality and feasible.counts_samples:
         return _cheapest(feasible.cost_n, c_n, int(feasible.budget))
     unit_cost_n, unit_gain_n = feasible.cost_n / feasible.size_n, c_n / feasible.size_n
     order = np.lexsort((-unit_gain_n, unit_cost_n))
@@ -217,12 +224,6 @@ def _top(price_n: np.ndarray, count: int, *, positive: bool) -> np.ndarray:
     if positive:
         weights_n[price_n <= 0.0] = 0.0
     return weights_n
-
-
-def _counts_samples(feasible: FeasibleSet) -> bool:
-    """Whether a whole number of samples is to be chosen and nothing else matters, so that no order need be sorted out."""
-    budget = feasible.budget
-    return feasible.group_n is None and budget == int(budget) and bool(np.all(feasible.size_n == 1.0))
 
 
 def _cheapest(cost_n: np.ndarray, c_n: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,8 @@ import pytest
 
 from schemas.errors import CorruptFile, LehrError, MixedFingerprints
 from schemas.parquet import (
-    ROW_GROUP_ROWS,
+    SCALAR_ROWS,
+    VECTOR_ROWS,
     Footer,
     Part,
     decode_table,
@@ -57,7 +58,7 @@ def test_round_trip_with_lineage(tmp_path: Path) -> None:
     assert read_footer(url) == (FOOTER, 50)
 
 
-@pytest.mark.parametrize("rows", [0, 1, ROW_GROUP_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, VECTOR_ROWS + 1])
 def test_equal_content_gives_equal_bytes(rows: int) -> None:
     table = features(rows)
     once = encode_table(table, FOOTER)
@@ -70,8 +71,10 @@ def test_equal_content_gives_equal_bytes(rows: int) -> None:
 
 
 def test_row_groups_are_bounded() -> None:
-    file = pq.ParquetFile(pa.BufferReader(encode_table(features(2 * ROW_GROUP_ROWS + 1), FOOTER)))
+    file = pq.ParquetFile(pa.BufferReader(encode_table(features(2 * VECTOR_ROWS + 1), FOOTER)))
     assert file.num_row_groups == 3
+    scalars = features(SCALAR_ROWS + 1).drop_columns(["sketch"])
+    assert pq.ParquetFile(pa.BufferReader(encode_table(scalars, FOOTER))).num_row_groups == 2
 
 
 def test_opens_in_any_engine(tmp_path: Path) -> None:
