@@ -217,6 +217,7 @@ def _steps() -> pa.Schema:
     return pa.schema(
         [
             _field("step", pa.int64(), "optimizer step, from 1", "steps"),
+            _field("generation", pa.int64(), "generation of the stream trained on; of the first in a mix"),
             _field("policy", pa.string(), "policy asked for"),
             _field("metric", pa.string(), "metric that acted (sgd during warm-up), empty where none"),
             _field("mode", pa.string(), "plain, two-pass or one-pass: what the step really did"),
@@ -281,6 +282,8 @@ def _decisions() -> pa.Schema:
         [
             _field("step", pa.int64(), "optimizer step, from 1", "steps"),
             _field("position", pa.int64(), "position in the order of the stream, from 0", "samples"),
+            _field("stream", pa.string(), "stream it comes from: the name or URL given"),
+            _field("generation", pa.int64(), "generation of that stream"),
             _field("sample_id", pa.string(), "sample offered", "128-bit hex"),
             _field("rank", pa.int64(), "rank in the stream"),
             _field("tokens", pa.int32(), "length of the sample", "tokens"),

@@ -589,6 +589,7 @@ class _Builder:
             steps.append(
                 {
                     "step": step,
+                    "generation": 1,
                     "policy": policy,
                     "metric": "target" if policy.startswith("filter") else "",
                     "mode": "two-pass" if policy.startswith("filter") else "plain",
@@ -636,6 +637,8 @@ class _Builder:
                     {
                         "step": step,
                         "position": (step - 1) * per_step + i,
+                        "stream": self.index.stream,
+                        "generation": 1,
                         "sample_id": row["sample_id"],
                         "rank": row["rank"],
                         "tokens": row["tokens"],

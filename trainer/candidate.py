@@ -24,6 +24,10 @@ class Candidate:
     rank: int = -1
     """Rank in the stream, -1 outside of one."""
     selection_weight: float = 1.0
+    stream: str = ""
+    """Name of the stream, empty outside of one."""
+    generation: int = 0
+    """Generation of the stream, 0 outside of one."""
 
     @property
     def tokens(self) -> int:

@@ -28,11 +28,14 @@ def part_name(first: int, last: int) -> str:
 class Journal:
     """Rows of the steps since the last cut; `cut` writes them. Every process records and cuts, process 0 writes what is written."""
 
-    def __init__(self, run: Run, training: str, *, spec: str, stream: str, processes: OneProcess | None = None) -> None:
+    def __init__(
+        self, run: Run, training: str, *, spec: str, streams: Mapping[str, str], processes: OneProcess | None = None
+    ) -> None:
         self._run, self._processes = run, processes or OneProcess()
         self._folder = run.training_folder(training)
         self._spec = spec
-        self._inputs = {"stream": stream}
+        self.inputs = dict(streams)
+        """Fingerprints of the streams that the rows since the last cut come from."""
         self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
         self._host = socket.gethostname()
 
@@ -61,7 +64,7 @@ class Journal:
         name = part_name(steps[0]["step"], steps[-1]["step"])
         parts = {}
         for table, rows in self._rows.items():
-            footer = Footer(schema=table, spec=self._spec, inputs=self._inputs)
+            footer = Footer(schema=table, spec=self._spec, inputs=self.inputs)
             parts[table] = write_table(
                 self._run.url, f"{self._folder}/{table}/{name}", rows_to_table(table, rows), footer
             )
@@ -113,6 +116,8 @@ def decision_rows(result: StepResult, offered: Sequence[Candidate]) -> list[dict
     return [
         {
             "position": item.position,
+            "stream": item.stream,
+            "generation": item.generation,
             "sample_id": item.sample_id,
             "rank": item.rank,
             "tokens": item.tokens,

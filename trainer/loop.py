@@ -38,6 +38,7 @@ from trainer.checkpoints import (
     write_checkpoint,
 )
 from trainer.evaluation import evaluate
+from trainer.followed import Followed, stream_fingerprints
 from trainer.journal import Journal, decision_rows, step_row
 from trainer.lengthen import identity
 from trainer.loggers import Begun, LoggerType, Progress, get_logger
@@ -108,9 +109,10 @@ class _Training:
             run,
             ready.name,
             spec=identity(ready.spec),
-            stream=ready.stream.index.fingerprint,
+            streams=stream_fingerprints(ready.stream),
             processes=processes,
         )
+        self.following = Followed(run, settings, ready, processes) if settings.follow else None
         self.heart = HeartbeatWriter(run, "train", ready.name, attempt=attempt)
         self.size = model_size(ready.model)
         self.reference_size = model_size(ready.reference) if ready.reference is not None else None
@@ -163,6 +165,9 @@ class _Training:
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, or evaluate the untouched model and start."""
         url = self.processes.decide(self._newest)
+        if self.following:
+            self.following.restore(read_state(url).step if url else 0)
+            self.journal.inputs = stream_fingerprints(self.ready.stream)
         if url is None:
             if self.settings.evaluate == "both":
                 loss = self._evaluate()
@@ -231,7 +236,10 @@ class _Training:
             offered_tokens=state.offered_tokens + offered_tokens,
             fallbacks=state.fallbacks + bool(result.decision.fallback),
         )
-        ended = self._ended(result.decision.limited)
+        ended = self._spent(result.decision.limited)
+        switches = self.following.look(number) if self.following and not ended else ()
+        if not ended and not switches and ready.stream.exhausted:
+            ended = self._ran_out()
         due = bool(settings.eval_every) and number % settings.eval_every == 0
         evaluated = due or (bool(ended) and settings.evaluate != "never")
         evaluating = time.perf_counter()
@@ -242,6 +250,7 @@ class _Training:
         ends = time.perf_counter()
         row = step_row(
             result,
+            generation=offered[0].generation if not settings.mix else ready.stream.index.generation,
             policy=settings.policy,
             learning_rate=rate,
             offered=len(offered),
@@ -265,8 +274,13 @@ class _Training:
         self.journal.record(row, decision_rows(result, offered), timing)
         if self.processes.leads:
             self.heart.tokens(result.trained_tokens)
-        if ended or number % settings.checkpoint_every == 0:
+        if self.following and switches:
+            self.following.take(switches)
+            self.state = dataclasses.replace(self.state, cursor=ready.stream.state_dict())
+        # A switch is made safe at once: the generation before it is not needed any more.
+        if ended or switches or number % settings.checkpoint_every == 0:
             self._checkpoint()
+            self.journal.inputs = stream_fingerprints(ready.stream)
         return Progress(share=1.0 if ended else self._share(), row=row, timing=timing)
 
     def _flops(self, result: StepResult, offered: Sequence[Candidate], target: Targets) -> StepFlops:
@@ -312,13 +326,15 @@ class _Training:
             }
         if self.ready.parent:
             summary["from"] = self.ready.parent
+        if self.following:
+            summary["generations"] = self.following.history()
         if self.settings.merge:
             summary["merged"] = f"{relative}/merged"
         manifest = Manifest(
             stage="train",
             name=self.ready.name,
             spec=self.ready.spec,
-            inputs={"stream": self.ready.stream.index.fingerprint},
+            inputs=stream_fingerprints(self.ready.stream),
             parts=(*state.journal, *parts),
             summary=summary,
         )
@@ -331,21 +347,29 @@ class _Training:
             return state.trained_tokens / settings.token_budget
         return state.step / self.ready.total_steps
 
-    def _ended(self, limited: bool) -> str:
+    def _spent(self, limited: bool) -> str:
         settings, state = self.settings, self.state
         if settings.token_budget and (limited or state.trained_tokens >= settings.token_budget):
             return "token budget"
         if not settings.token_budget and state.step >= self.ready.total_steps:
             return "steps"
-        if self.ready.stream.position >= len(self.ready.stream):
-            if settings.token_budget:
-                log.warning(
-                    "the stream ended after %d of %d tokens: the learning rate has not come to its end. Offer more, or raise epochs",
-                    state.trained_tokens,
-                    settings.token_budget,
-                )
-            return "stream"
         return ""
+
+    def _ran_out(self) -> str:
+        settings, state = self.settings, self.state
+        if settings.token_budget:
+            log.warning(
+                "the stream ended after %d of %d tokens: the learning rate has not come to its end. Offer more, or raise epochs",
+                state.trained_tokens,
+                settings.token_budget,
+            )
+        elif state.step < self.ready.total_steps:
+            log.warning(
+                "the stream ended after %d of %d steps: the learning rate has not come to its end. Offer more, or raise epochs",
+                state.step,
+                self.ready.total_steps,
+            )
+        return "stream"
 
     def _end(self, reason: str) -> None:
         """End after the step before; its checkpoint is written anew with what is now known."""

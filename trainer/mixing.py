@@ -87,31 +87,34 @@ class MixedStream(Positioned):
     def state_dict(self) -> dict[str, Any]:
         """The cursor, a number for every stream, and what it is a cursor of."""
         streams = {
-            name: {**self.streams[name].state_dict(), "position": place, "share": self.shares[name]}
+            name: {**self.streams[name].state_dict(), "position": place, **self._part(name)}
             for name, place in self.places().items()
         }
         return {"streams": streams, "seed": self.seed, **self._cursor()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises `InputError` naming what differs where it is of another mix."""
-        if list(state.get("streams", {})) != list(self.streams):
-            there = ", ".join(state.get("streams", {})) or "one stream"
+        parts: dict[str, Any] = state.get("streams", {})
+        if set(parts) != set(self.streams):
+            there = ", ".join(parts) or "one stream"
             raise InputError(
                 f"the cursor was taken of {there}, this mix is of {', '.join(self.streams)}; it cannot be continued"
             )
         refuse_other({"seed": self.seed}, state, "this mix")
-        for name, part in state["streams"].items():
-            refuse_other(
-                {"share": self.shares[name], **self.streams[name].identity()}, part, f"stream {name} of this mix"
-            )
-        places = [int(part["position"]) for part in state["streams"].values()]
+        for name, stream in self.streams.items():
+            refuse_other({**self._part(name), **stream.identity()}, parts[name], f"stream {name} of this mix")
+        places = [int(parts[name]["position"]) for name in self.streams]
         if self._pattern.counts(sum(places)) != places:
             raise InputError(
                 f"no position of this mix has {places} samples of its streams behind it; the cursor was edited"
             )
-        for name, part in state["streams"].items():
-            self.streams[name].load_state_dict(part)
+        for name, stream in self.streams.items():
+            stream.load_state_dict(parts[name])
         self._restore_cursor(sum(places), state)
+
+    def _part(self, name: str) -> dict[str, Any]:
+        """What the pattern of the mix knows of a stream."""
+        return {"share": self.shares[name], "number": list(self.streams).index(name)}
 
     def _refuse_strangers(self) -> None:
         first = self.index

@@ -13,6 +13,7 @@ from schemas.storage import exists, join, list_folders, read_bytes
 from selection_ops.optimizer_state import MANIFEST_FILE, OPTIMIZER_FILE
 from trainer.checkpoints import TrainerState, checkpoint_name, latest_checkpoint, read_state, verify_checkpoint
 from trainer.earlier import read_steps
+from trainer.mixing import MixedStream
 from trainer.settings import TrainSettings
 from trainer.stream import RankedStream
 
@@ -93,11 +94,19 @@ def _last_rate(run: Run, parent: Parent) -> float:
     return float(rates[-1].as_py())
 
 
-def go_on(stream: RankedStream, parent: Parent) -> None:
+def go_on(stream: RankedStream | MixedStream, parent: Parent) -> None:
     """Put the cursor of `stream` where the parent's stood; it may have more epochs. Raises `InputError` where it is another stream,
     and where nothing is left of it."""
-    stream.load_state_dict({**parent.state.cursor, "epochs": stream.epochs})
-    if stream.position >= len(stream):
+    cursor = dict(parent.state.cursor)
+    if isinstance(stream, RankedStream):
+        cursor["epochs"] = stream.epochs
+    elif "streams" in cursor:
+        cursor["streams"] = {
+            name: {**part, "epochs": stream.streams[name].epochs} if name in stream.streams else part
+            for name, part in cursor["streams"].items()
+        }
+    stream.load_state_dict(cursor)
+    if stream.exhausted:
         raise InputError(
             f"training {parent.name} has read all {len(stream)} samples of the stream: raise epochs, or leave from_cursor out"
         )

@@ -25,14 +25,17 @@ from trainer.batch_schedule import BatchSchedule
 from trainer.candidate import Candidate
 from trainer.checkpoints import load_optimizer_tensors
 from trainer.earlier import refined_schedule
+from trainer.follow import Record, read_record
 from trainer.lengthen import declare_training
+from trainer.mixing import MixedStream
 from trainer.modes import Mode, choose_mode
+from trainer.opening import Stream, open_stream, parts_of
 from trainer.parallel import OneProcess, local_device
 from trainer.parent import find_parent, go_on, inherit
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.sharding import ShardedModel, WholeModel
-from trainer.stream import Offered, RankedStream, StreamReading, read_beside, stream_url
+from trainer.stream import Offered, read_beside
 from trainer.trainee import Trainee, load_trainee, trained_parameters
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class Prepared:
 
     name: str
     spec: dict[str, Any]
-    stream: RankedStream
+    stream: Stream
     trainee: Trainee
     encoder: Encoder
     optimizer: torch.optim.Optimizer
@@ -71,29 +74,6 @@ class Prepared:
         return self.trainee.model
 
 
-def stream_reading(settings: TrainSettings) -> StreamReading:
-    """How the settings say that streams are read."""
-    names = [field.name for field in dataclasses.fields(StreamReading) if field.name != "sleep"]
-    return StreamReading(**{name: getattr(settings, name) for name in names})
-
-
-def open_stream(run: Run, settings: TrainSettings) -> RankedStream:
-    """The stream that the settings name."""
-    finished: dict[str, list[int]] = {}
-    if "/" not in settings.stream:
-        for manifest in run.manifests("export"):
-            finished.setdefault(manifest.spec["stream"], []).append(int(manifest.spec["generation"]))
-    url = stream_url(run.url, settings.stream, settings.generation, {name: sorted(g) for name, g in finished.items()})
-    return RankedStream(
-        url,
-        order=settings.order,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        prefetch=settings.prefetch,
-        reading=stream_reading(settings),
-    )
-
-
 def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = None) -> Prepared | Manifest:
     """A training ready to go, or the manifest of the training of that name and spec where it has already finished.
 
@@ -109,10 +89,15 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         settings = inherit(run, settings, parent)
     if not settings.model:
         raise InputError("name the model to train with --model, or a training to start from with --from")
-    stream = open_stream(run, settings)
-    index = stream.index
     branch = f"-from-{parent.training}-{parent.state.step}" if parent is not None else ""
-    name = check_name("training", settings.name or f"{index.stream}-{settings.policy}{branch}")
+
+    def called(stream: str) -> str:
+        return check_name("training", settings.name or f"{stream}-{settings.policy}{branch}")
+
+    record = read_record(run, called(settings.stream)) if settings.follow else None
+    stream = open_stream(run, settings, record.standing(record.looked) if record else None)
+    index = stream.index
+    name = called(index.stream)
     if parent is not None and settings.from_cursor:
         go_on(stream, parent)
     if policy.needs_sketches and not index.target:
@@ -164,7 +149,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         settings.spec(
             **dataclasses.asdict(resolved),
             reference_model=reference.model_fingerprint if reference is not None else "",
-            stream=index.fingerprint,
+            **_streams(stream, record),
             model=trainee.fingerprint,
             optimizer_state=moments.fingerprint if moments is not None else "",
             dtype=dtype,
@@ -174,10 +159,13 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             start_from=parent.fingerprint if parent is not None else "",
         )
     )
-    left = len(stream) - stream.position
+    left = stream.end - stream.position
+
+    def allowed(asked: int) -> int:
+        return asked if settings.follow else sizes.steps(left, asked)
 
     def declared() -> None:
-        declare_training(run, name, spec, lambda asked: sizes.steps(left, asked))
+        declare_training(run, name, spec, allowed)
 
     processes.decide(declared)
     declared()
@@ -190,7 +178,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     optimizer = make_optimizer(model, settings)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments.tensors, settings.optimizer_state)
-    total_steps = sizes.steps(left, settings.steps)
+    total_steps = allowed(settings.steps)
     if total_steps < settings.steps:
         log.warning(
             "the stream holds %d samples from here on: %d steps of %s candidates, not %d; the schedule ends there. Raise epochs for more",
@@ -226,6 +214,18 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         parent=parent.name if parent is not None else "",
         total_steps=total_steps,
     )
+
+
+def _streams(stream: Stream, record: Record | None) -> dict[str, Any]:
+    """What the spec says of the streams: their content, at the generation that the training began with, and shares and epochs of a mix."""
+    begun = {
+        name: record.begun_with(name) if record else part.index.fingerprint for name, part in parts_of(stream).items()
+    }
+    mixed = []
+    if isinstance(stream, MixedStream):
+        for name, part in list(stream.streams.items())[1:]:
+            mixed.append({"stream": begun[name], "share": stream.shares[name], "epochs": part.epochs})
+    return {"stream": next(iter(begun.values())), "mix": mixed}
 
 
 def _choices(
@@ -303,4 +303,6 @@ def candidate(encoder: Encoder, offered: Offered) -> Candidate:
         position=offered.position,
         rank=ranked.rank,
         selection_weight=ranked.selection_weight,
+        stream=offered.stream,
+        generation=offered.generation,
     )

@@ -27,6 +27,13 @@ class TrainSettings:
     """Name of the run's stream to train on, or path or URL of a folder that holds an index.json."""
     generation: int = 0
     """Generation of the stream; 0 takes the newest."""
+    mix: tuple[str, ...] = ()
+    """Further streams, each as NAME=SHARE or NAME=SHARE:EPOCHS with its share of the samples offered (a replay of general data:
+    general=0.3:5); the rest comes from `stream`."""
+    follow: bool = False
+    """Take the next generation of the run's streams as soon as it is finished, between two steps; needs `steps` or `token_budget`."""
+    follow_every: int = 10
+    """Steps between two looks for the next generation."""
     model: str = ""
     """Folder, URL or hub id of the causal language model to start from, or of a PEFT LoRA adapter to go on with."""
     revision: str = ""
@@ -263,6 +270,18 @@ class TrainSettings:
             raise InputError(f"target_decay must lie in (0, 1), not {self.target_decay}")
         if self.targets not in ("together", "mean", "max"):
             raise InputError(f"unknown value {self.targets!r} of targets: choose one of together, mean, max")
+        if self.follow and not (self.steps or self.token_budget):
+            raise InputError(
+                "give steps or token_budget with follow: how long a stream that goes on is trained on must be known"
+            )
+        if self.follow and self.from_cursor:
+            raise InputError(
+                "give follow or from_cursor, not both: a cursor of another training holds in the generation it was taken in"
+            )
+        if self.follow and "/" in self.stream:
+            raise InputError(
+                f"follow needs a stream of the run, by its name: what comes after {self.stream} is not known"
+            )
         if self.steps and self.token_budget:
             raise InputError("give steps or token_budget, not both: each says when the training ends")
         if self.mode not in ("two-pass", "one-pass", "auto"):
@@ -377,6 +396,7 @@ _AT_LEAST = {
     "token_budget": 0,
     "epochs": 1,
     "generation": 0,
+    "follow_every": 1,
     "lr": 0,
     "warmup_steps": 0,
     "weight_decay": 0,

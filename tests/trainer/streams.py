@@ -107,11 +107,12 @@ def write_stream(
     evaluation: Sequence[RankedSample] = (),
     per_shard: int = 7,
     name: str = "match",
+    generation: int = 1,
 ) -> StreamIndex:
     """A whole stream generation at `folder` (a path or URL)."""
     index = StreamIndex(
         stream=name,
-        generation=1,
+        generation=generation,
         selection=name,
         encoding=plain(ENCODING),
         tokenizer=tokenizer,

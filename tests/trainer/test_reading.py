@@ -18,7 +18,7 @@ from tests.gcs import Gcs
 from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
 from tests.trainer.test_loop import results, settings
 from trainer.loop import train
-from trainer.prepare import open_stream
+from trainer.opening import open_stream
 from trainer.stream import RankedStream
 
 ROWS = 23
