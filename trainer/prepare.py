@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from schemas.declared import read_declared
 from schemas.errors import InputError
 from schemas.fingerprint import plain
 from schemas.manifest import Manifest
@@ -30,13 +31,14 @@ from trainer.lengthen import declare_training
 from trainer.mixing import MixedStream
 from trainer.modes import Mode, choose_mode
 from trainer.opening import Stream, open_stream, parts_of
+from trainer.optimizers import AnyOptimizer, adamw, muon
 from trainer.parallel import OneProcess, local_device
 from trainer.parent import find_parent, go_on, inherit
 from trainer.schedules import Schedule
 from trainer.settings import TrainSettings
 from trainer.sharding import ShardedModel, WholeModel
 from trainer.stream import Offered, read_beside
-from trainer.trainee import Trainee, load_trainee, trained_parameters
+from trainer.trainee import Trainee, load_trainee
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class Prepared:
     stream: Stream
     trainee: Trainee
     encoder: Encoder
-    optimizer: torch.optim.Optimizer
+    optimizer: AnyOptimizer
     layout: WholeModel
     target: list[tuple[str, Encoded]]
     """Target samples, each with its domain."""
@@ -138,10 +140,19 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     encoder = Encoder(trainee.loaded.tokenizer, EncodingSpec(**index.encoding))
     mode: Mode = "two-pass"
     why = ""
+    if settings.activation_checkpointing:
+        enable: Any = trainee.loaded.model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    place = run.path(f"{run.training_folder(name)}/spec.json")
     if policy.needs_sketches or policy.needs_norms:
         longest = encoder.spec.max_tokens
         asked = settings.mode if settings.shard == "none" else "two-pass"
+        begun = asked == "auto" and exists(place)
+        if begun:  # decided when the training began, perhaps on a machine with other memory
+            asked = read_declared(place, "training").get("mode", asked)
         mode, why = choose_mode(asked, model, dtype, longest=longest, candidates=sizes.largest)
+        if begun:
+            why = why.replace("asked for", "as the training began")
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     reference = _load_reference(settings, policy, index.tokenizer, dtype, device)
@@ -275,16 +286,15 @@ def _load_reference(
         )
 
 
-def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over every parameter that is trained; vectors (norms, biases) are not decayed."""
-    parameters = list(trained_parameters(model).values())
-    decayed = [p for p in parameters if p.dim() >= 2]
-    plain_ones = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain_ones, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> AnyOptimizer:
+    """The optimizer asked for, over every parameter that is trained; vectors (norms, biases) are not decayed."""
+    make = muon if settings.optimizer == "muon" else adamw
+    return make(
+        model,
         lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
         eps=settings.eps,
     )
 

@@ -101,9 +101,10 @@ class TrainSettings:
     """Folder, URL or hub id of the model whose losses policy `rho` subtracts: one trained on held-out text like the target."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site, for the sketches that a step compares."""
-    mode: str = "two-pass"
+    mode: str = "auto"
     """How a step that compares forms its gradient: `two-pass` (forward and backward again over the kept), `one-pass` (from what the
-    candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where model and memory allow it)."""
+    candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where the model allows it and what it
+    would hold is a quarter of the memory at most; printed, and kept when the training is resumed)."""
     preconditioner: str = "auto"
     """What P is: `auto` (the optimizer's own), `adamw` (from the second moment), `muon` (from the momentum), `scalar` (one number a
     parameter), `less` (Adam's step for one sample alone), `none` (1)."""
@@ -165,8 +166,10 @@ class TrainSettings:
     """Share of the scheduled rate that the warm-up starts from."""
     rewarm: bool = False
     """Start the warm-up at the learning rate that the training of `start_from` had reached."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: torch's Muon over the matrices of the blocks, its steps scaled to those of AdamW, and AdamW over the rest."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, of parameters with at least two dimensions."""
+    """Decoupled weight decay of parameters with at least two dimensions."""
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
     beta2: float = 0.999
@@ -195,6 +198,9 @@ class TrainSettings:
     """Attention implementation of transformers; by default the fastest on this hardware."""
     batch_tokens: int = 4096
     """Bound of longest x count of the batches that a step is computed in; bounds memory, not the step."""
+    activation_checkpointing: bool = False
+    """Make the activations of the blocks again in backward instead of keeping them: less memory, a forward pass more over what is trained
+    on, the same bits. Then a step takes two passes."""
 
     # Places, cadences and devices: mostly execution.
 
@@ -293,6 +299,8 @@ class TrainSettings:
             raise InputError(f"unknown value {self.shard!r} of shard: choose one of none, fsdp2")
         if self.shard == "fsdp2" and self.mode == "one-pass":
             raise InputError("shard fsdp2 and mode one-pass exclude each other: use mode two-pass, or shard none")
+        if self.shard == "fsdp2" and self.optimizer == "muon":
+            raise InputError("Muon steps whole matrices, and shard fsdp2 has none: use optimizer adamw, or shard none")
         if self.shard == "fsdp2" and (self.ema_decay or self.average_tail):
             raise InputError(
                 "shard fsdp2 keeps no averages of the weights: leave ema_decay and average_tail out, or use shard none"
@@ -363,6 +371,7 @@ EXECUTION = frozenset(
         "merge",
         "device",
         "shard",
+        "activation_checkpointing",
         "process_timeout",
         "cache_bytes",
         "cache_dir",
@@ -381,6 +390,7 @@ _KNOWN = {
     "preconditioner": ("auto", "adamw", "muon", "scalar", "none", "less"),
     "alignment": ("sketched", "exact"),
     "gram": ("sketched", "survivors", "exact"),
+    "optimizer": ("adamw", "muon"),
 }
 
 _AT_LEAST = {
