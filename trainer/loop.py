@@ -393,6 +393,11 @@ class _Training:
             self.state, journal=(*self.state.journal, *self.journal.cut()), averaged=self.averages.counts
         )
         ready = self.ready
+        if ready.layout.align(ready.optimizer):
+            log.warning(
+                "step %d: the processes no longer held the same weights (their processors round differently); all go on from those of process 0",
+                self.state.step,
+            )
         weights, moments = ready.layout.gathered(), None
         if self.settings.final_optimizer or not self.state.ended:
             moments = optimizer_tensors(ready.model, ready.optimizer, keep=self.processes.leads)
