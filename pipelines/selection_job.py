@@ -18,7 +18,6 @@ from apache_beam.pvalue import AsSingleton, PCollection
 from apache_beam.utils.shared import Shared
 
 from pipelines.results import GatherResults
-from pipelines.runners import end_with_supervisor
 from pipelines.selection_decide import (
     Decision,
     Limit,
@@ -155,7 +154,6 @@ class _Task(beam.DoFn):
         self._task, self._shared = task, shared
 
     def setup(self) -> None:
-        end_with_supervisor()
         torch.set_num_threads(1)
         task = self._task
         self._context = self._shared.acquire(lambda: SelectionContext(task))
