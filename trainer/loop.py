@@ -136,6 +136,7 @@ class _Training:
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             layout=ready.layout,
+            batch_layout=ready.batch_layout,
             oracle_every=settings.oracle_every,
             oracle_draws=settings.oracle_draws,
             target_decay=settings.target_decay if settings.target_mode == "ema" else 0.0,
@@ -148,6 +149,7 @@ class _Training:
             device=self.device,
             processes=processes,
             even=ready.layout.even,
+            layout=ready.batch_layout,
         )
         self.averages = Averages(ready.trainee, ema_decay=settings.ema_decay, tail=settings.average_tail)
         self.state = TrainerState(

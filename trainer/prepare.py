@@ -14,7 +14,7 @@ from schemas.fingerprint import plain
 from schemas.manifest import Manifest
 from schemas.run import Run, check_name
 from schemas.shards import StreamIndex
-from schemas.spec import EncodingSpec
+from schemas.spec import BatchLayout, EncodingSpec
 from schemas.storage import exists
 from selection_ops.encoding import Encoded, Encoder
 from selection_ops.model import LoadedModel, choose_attention, default_dtype, load_model, quiet, tokenizer_fingerprint
@@ -29,7 +29,7 @@ from trainer.earlier import refined_schedule
 from trainer.follow import Record, read_record
 from trainer.lengthen import declare_training
 from trainer.mixing import MixedStream
-from trainer.modes import Mode, choose_mode
+from trainer.modes import Mode, choose_layout, choose_mode
 from trainer.opening import Stream, open_stream, parts_of
 from trainer.optimizers import AnyOptimizer, adamw, muon
 from trainer.parallel import OneProcess, local_device
@@ -63,6 +63,8 @@ class Prepared:
     sizes: BatchSchedule
     parent: str
     """Checkpoint of another training that this one started from, if it did."""
+    batch_layout: BatchLayout
+    """How the samples of a batch lie."""
     choices: dict[str, str]
     """What was decided and why, in words."""
     reference: Any
@@ -156,6 +158,9 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     reference = _load_reference(settings, policy, index.tokenizer, dtype, device)
+    batch_layout, why_laid = choose_layout(settings.layout, model, attention, mode)
+    if reference is not None and batch_layout == "packed":
+        batch_layout, why_laid = choose_layout(settings.layout, reference.model, attention, "two-pass")
     spec: dict[str, Any] = plain(
         settings.spec(
             **dataclasses.asdict(resolved),
@@ -166,6 +171,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             dtype=dtype,
             attention=attention,
             mode=mode,
+            layout=batch_layout,
             schedule_from=norms,
             start_from=parent.fingerprint if parent is not None else "",
         )
@@ -206,6 +212,7 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
         encoder=encoder,
         optimizer=optimizer,
         layout=layout,
+        batch_layout=batch_layout,
         target=[(item.sample.domain, encode(encoder, item)) for item in beside],
         evaluation=[encode(encoder, item) for item in read_beside(stream.url, index, "evaluation")],
         dtype=dtype,
@@ -219,7 +226,8 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             mode if why else "plain",
             why,
             f"{dtype} on {device}, {attention} attention",
-        ),
+        )
+        | {"batches": f"{batch_layout} ({why_laid})"},
         reference=reference.model if reference is not None else None,
         sizes=sizes,
         parent=parent.name if parent is not None else "",

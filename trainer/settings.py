@@ -197,10 +197,13 @@ class TrainSettings:
     attention: str = ""
     """Attention implementation of transformers; by default the fastest on this hardware."""
     batch_tokens: int = 4096
-    """Bound of longest x count of the batches that a step is computed in; bounds memory, not the step."""
+    """Bound of longest x count of the batches that a step is computed in (of their tokens where packed); bounds memory, not the step."""
     activation_checkpointing: bool = False
     """Make the activations of the blocks again in backward instead of keeping them: less memory, a forward pass more over what is trained
     on, the same bits. Then a step takes two passes."""
+    layout: str = "auto"
+    """How the samples of a batch lie: `padded`, a row each, `packed`, one behind another in a row without padding, where the model keeps
+    them apart, which is tried first, or `auto` (packed where attention skips what lies between samples: flash, flex)."""
 
     # Places, cadences and devices: mostly execution.
 
@@ -270,6 +273,8 @@ class TrainSettings:
             raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
         if not 0 <= self.schedule_smoothing <= 1:
             raise InputError(f"schedule_smoothing must lie in [0, 1], not {self.schedule_smoothing}")
+        if self.layout not in ("auto", "padded", "packed"):
+            raise InputError(f"unknown layout {self.layout!r}: choose one of auto, padded, packed")
         if self.target_mode not in ("redrawn", "fixed", "ema"):
             raise InputError(f"unknown value {self.target_mode!r} of target_mode: choose one of redrawn, fixed, ema")
         if not 0 < self.target_decay < 1:

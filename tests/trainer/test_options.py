@@ -394,6 +394,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         # Other kernels, the same mathematics: float32 rounding over three steps.
         lambda a, b: a.losses() == pytest.approx(b.losses(), rel=1e-3),
     ),
+    "layout": (
+        {"policy": "full"},
+        {"policy": "full", "layout": "packed"},
+        # Without padding, the same mathematics.
+        lambda a, b: (
+            b.steps[0]["padding_share"] == 0 < a.steps[0]["padding_share"]
+            and a.losses() == pytest.approx(b.losses(), rel=1e-3)
+        ),
+    ),
     "batch_tokens": (
         {"policy": "full"},
         {"policy": "full", "batch_tokens": 1},
