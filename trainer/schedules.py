@@ -85,11 +85,6 @@ class Schedule:
         return self.final + (1 - self.final) * shape
 
 
-def extendable(name: str) -> bool:
-    """Whether a training under schedule `name` may be given more steps: its rate so far does not depend on how many there will be."""
-    return name == "constant"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refined:
     """A schedule from gradient norms: values in [0, 1] at shares of the training, straight lines between them, 0 at the end."""

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from schemas.errors import InputError
-from trainer.schedules import SCHEDULES, Schedule, extendable, median_filter, refine
+from trainer.schedules import SCHEDULES, Schedule, median_filter, refine
 
 PEAK = 0.5
 FLAT = refine([3.0] * 40, power=2)
@@ -155,12 +155,6 @@ def test_median_filter_is_that_of_scipy(window: int) -> None:
     rng = random.Random(window)
     values = [rng.choice([rng.random(), 0.5]) for _ in range(16)]
     assert median_filter(values, window) == scipy_median(np.array(values), size=window, mode="reflect").tolist()
-
-
-def test_only_a_constant_rate_can_go_on_longer() -> None:
-    """For which schedules is the rate of the first steps the same, however long the training will be?"""
-    for name in SCHEDULES:
-        assert extendable(name) == (rates(name, 30)[:20] == rates(name, 20)), name
 
 
 @pytest.mark.parametrize(
