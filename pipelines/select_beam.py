@@ -17,7 +17,7 @@ from pipelines.options import Execution
 from pipelines.results import read_results, results_url
 from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.select import Prepared, SelectReport, finish, prepare
-from pipelines.selection_job import SelectionJob, refuse_long_shortlist
+from pipelines.selection_job import SelectionJob
 from pipelines.selection_rows import SelectionTask, UnitParts
 from schemas.errors import InputError, RunIncomplete
 from schemas.fingerprint import fingerprint, plain
@@ -45,32 +45,15 @@ def choose_engine(run: Run, scoring: str) -> tuple[str, str]:
     return engine, said
 
 
-def refuse_unsupported(settings: SelectorSettings, budget: Budget) -> None:
-    """Stop before anything runs where the job cannot do what the in-memory path does; the message names the setting."""
-    selector = get_selector(settings.selector)
-    refused: list[str] = []
-    if isinstance(selector, Ranking):
-        pass
-    elif settings.selector == "direct-signed":
-        if settings.redundancy > 0.0:
-            refused.append("redundancy")
-    elif settings.selector == "match":
-        refused += [name for name in ("quotas", "floors", "fractional") if getattr(settings, name)]
-        if settings.stiff_limit is not None:
-            refused.append("stiff_limit")
-        if settings.shortlist == 0.0:
-            refused.append("shortlist of 0 (the whole pool)")
-    else:
+def refuse_unsupported(settings: SelectorSettings) -> None:
+    """Stop before anything runs where the job does not know the selector: those of Lehr it does."""
+    if settings.selector not in ("match", "direct", "direct-signed") and not isinstance(
+        get_selector(settings.selector), Ranking
+    ):
         raise InputError(
-            f"selector {settings.selector!r} is not run by the engine beam; use --engine memory, or one of 'match', "
-            "'direct-signed' and the rankings"
+            f"selector {settings.selector!r} is not run by the engine beam, which knows how 'match', 'direct', 'direct-signed' and "
+            "rankings go through rows in many places; use --engine memory, or make it a `Ranking`"
         )
-    if refused:
-        raise InputError(
-            f"selector {settings.selector!r} with {', '.join(refused)} is not run by the engine beam; leave it out, or use --engine memory"
-        )
-    if settings.selector == "match" and budget.unit == "samples":
-        refuse_long_shortlist(int(settings.shortlist * budget.amount), settings.greedy_rows)
 
 
 def search_rounds(samples: int) -> int:
@@ -98,7 +81,7 @@ def run_select_beam(
     `rounds` sets the rounds of every search.
     """
     started = time.perf_counter()
-    refuse_unsupported(settings, budget)
+    refuse_unsupported(settings)
     refuse_unreachable(run, execution)
     if model_hints(execution):
         raise InputError("select runs no model, so it has no use for --accelerator and --min-ram")
@@ -109,7 +92,7 @@ def run_select_beam(
     selector = get_selector(settings.selector)
     if selector.needs_target and ready.data is None:
         raise InputError(f"selector {selector.name!r} needs a target; name one, or use selector 'random'")
-    if settings.selector == "direct-signed" and ready.data is not None:
+    if settings.selector in ("direct", "direct-signed") and ready.data is not None:
         refuse_few_targets(settings.selector, ready.data.geometry, settings)
     if "keep" in ready.score.inputs and not (isinstance(selector, Ranking) or plain_target(settings)):
         raise refuse_sketchless(scoring, f"selector {selector.name!r} with these settings")
@@ -187,11 +170,14 @@ def _finish(
     if "solution" not in records:
         raise RunIncomplete("the job ended without its solution; run the same command again")
     solved = records["solution"]
+    asked = {"bound": task.settings.bound, "set_cosine_heldout": task.settings.two_fold}
+    found = {"selector": task.settings.selector} | solved["certificate"]
+    found["not_computed"] = [name for name, wanted in asked.items() if wanted and ready.data and name not in found]
     record = {
         "selector": task.settings.selector,
         "settings": plain(task.settings),
         "budget": plain(task.budget),
-        "certificate": {"selector": task.settings.selector} | solved["certificate"],
+        "certificate": found,
         "diagnostics": _diagnostics(ready, task, solved, records, reasons, domains, selected, tokens, weights),
         "counts": dict(sorted(reasons.items())),
     }
@@ -233,6 +219,12 @@ def _diagnostics(
         found["outlier_caps"] = solved["caps"]
     if not selected:
         warnings.append(f"nothing fits a budget of {task.budget.amount} {task.budget.unit}")
+    if task.settings.fractional and task.budget.unit == "tokens" and tokens > task.budget.amount:
+        warnings.append(
+            f"the weights meet the budget, but the {selected} samples that carry them hold {tokens} tokens; it is these that training reads"
+        )
+    if certificate.get("redundancy_rho") == 0.0:
+        warnings.append("redundancy weighed nothing: the selection without it has no gain to measure it by")
     if ready.data is not None:
         geometry = ready.data.geometry
         found["target"] = geometry.summary()
@@ -249,9 +241,10 @@ def _diagnostics(
         found |= {key: value for key, value in records.get("cosines", {}).items() if key != "key"}
         if ready.data is not None:
             found |= {"set_cosine_bound": None, "set_cosine_heldout": None, "set_cosine_heldout_folds": None}
-            warnings.append(
-                "the engine beam leaves out the bound and the held-out set cosine, which take more passes over the whole pool"
-            )
+            if task.settings.bound or task.settings.two_fold:
+                warnings.append(
+                    "the engine beam leaves out the bound and the held-out set cosine, which take more passes over the whole pool"
+                )
     raised = certificate.get("limit_raised_by")
     if raised is not None:
         warnings.append(f"the stiff limit was infeasible and was raised by a factor of {raised:.4g}")

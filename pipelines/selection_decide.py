@@ -15,9 +15,11 @@ import numpy as np
 from pipelines.selection_rows import SelectionContext, SelectionTask, UnitRows
 from pipelines.selection_search import Known, Rest, Sure, View, exact_parts
 from schemas.errors import InfeasibleError, InputError
+from selection_ops.selectors import get_selector
 from selection_ops.selectors.baselines import Ranking
 from selection_ops.selectors.limit import infeasible, target_cost
 from selection_ops.selectors.problem import NothingToChoose
+from selection_ops.selectors.relaxed import MIN_WEIGHT
 from selection_ops.selectors.rounding import fill_ranked, round_solution
 from selection_ops.selectors.search import Terms, classify, cost_shift, remaining
 from selection_ops.selectors.threshold import FeasibleSet, ThresholdSolution, solve_threshold
@@ -41,6 +43,10 @@ class Totals:
     """Rows with a score to rank by."""
     costs: tuple[float, ...]
     """Numbers whose exact sum the stiff costs of the pool are."""
+    scales: tuple[float, ...]
+    """The same of the norms of its rows."""
+    largest_D: np.ndarray
+    """Largest size of a row of each group, int64."""
 
     def __add__(self, other: Totals) -> Totals:
         domains = dict(self.domain_tokens)
@@ -59,6 +65,8 @@ class Totals:
             size_D=self.size_D + other.size_D,
             ranked=self.ranked + other.ranked,
             costs=exact_parts(self.costs + other.costs),
+            scales=exact_parts(self.scales + other.scales),
+            largest_D=np.maximum(self.largest_D, other.largest_D),
         )
 
 
@@ -71,20 +79,58 @@ class Limit:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Vertex:
+    """An optimum of the linear subproblem and its rounding; units find their own rows in it."""
+
+    known: Known
+    """The search: its surely chosen rows are taken whole."""
+    view: View
+    rows: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    """By unit: undecided rows of the unit, ascending, and float64 [3, n]: their weights, whether the rounding takes them, and whether
+    the vertex of smaller cost does."""
+    mu: float
+    nu: float | None
+    value: float
+    """c.w"""
+    whole_value: float
+    """c.w of the rounding."""
+    cost: float
+    """cost.w"""
+    whole_cost: float | None
+    """Of the rounding; None without a limit."""
+    fractional: int
+    weight_sum: float
+    without_gain: int
+    """Rows of the rounding without gain."""
+
+    def weights(self, rows: UnitRows) -> np.ndarray:
+        """Weights, rounding, and vertex of smaller cost, of the rows of a unit; float64 [3, n]."""
+        position, scalars = self.view(rows)
+        found_n = np.zeros((3, len(rows)))
+        found_n[:, position[classify(scalars, self.known.bracket, self.known.terms) == 1]] = 1.0
+        if rows.index in self.rows:
+            position_n, weights_n = self.rows[rows.index]
+            found_n[:, find(rows, position_n)] = weights_n
+        return found_n
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Decision:
     """What the one place decided; units find their own rows in it."""
 
-    taken: dict[int, tuple[np.ndarray, np.ndarray]]
-    """By unit: rows of the unit, ascending, and their weights."""
     certificate: dict[str, Any]
+    kind: str
+    """`listed`: the rows in `taken`, and those that the search `known` takes surely; `whole`: the rounding of `vertex`; `cheaper`: its
+    vertex of smaller cost; `vertex`: its weights; `passed`: the weights that passes ended with, but for tiny ones; `accepted`: the
+    rounding that passes ended with; `accepted weights`: its weights."""
+    taken: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    """By unit: rows of the unit, ascending."""
+    order: Mapping[int, np.ndarray] | None = None
+    """By unit: ranks of these rows, where no score gives them."""
+    known: Known | None = None
+    vertex: Vertex | None = None
     mu: float = 0.0
-    order: dict[int, np.ndarray] | None = None
-    """By unit: ranks of these rows, where a ranking does not give them."""
-    inside: dict[int, np.ndarray] | None = None
-    """By unit: rows of the shortlist, where there is one."""
-    surely: bool = True
-    """Whether the surely chosen rows of the search are chosen too."""
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Price of stiff cost in the scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,8 +153,10 @@ class UnitChoice:
 def totals(element: tuple[int, UnitRows], task: SelectionTask) -> Totals:
     """Of one unit."""
     rows = element[1]
-    size_D = np.zeros(len(task.domains) + 1, np.int64)
-    np.add.at(size_D, rows.group_n, rows.scalars(task.budget.unit).size_n)
+    size_n = rows.scalars(task.budget.unit).size_n
+    size_D, largest_D = np.zeros(len(task.domains) + 1, np.int64), np.zeros(len(task.domains) + 1, np.int64)
+    np.add.at(size_D, rows.group_n, size_n)
+    np.maximum.at(largest_D, rows.group_n, size_n)
     reasons: dict[str, int] = {}
     for reason in rows.reason_N:
         if reason:
@@ -123,6 +171,8 @@ def totals(element: tuple[int, UnitRows], task: SelectionTask) -> Totals:
         size_D=size_D,
         ranked=int(np.isfinite(rows.gain_n).sum()),
         costs=() if rows.cost_n is None else (math.fsum(rows.cost_n),),
+        scales=(math.fsum(rows.scale_n),),
+        largest_D=largest_D,
     )
 
 
@@ -132,7 +182,7 @@ def spendable(total: Totals, task: SelectionTask, *, per_size: bool) -> Terms:
     if total.pool == 0:
         reasons = ", ".join(sorted(total.reasons))
         raise NothingToChoose(f"none of the {total.candidates} candidates may be chosen ({reasons})")
-    equality = budget.unit == "samples" and not settings.allow_short
+    equality = task.equality
     caps_D, floors_D = np.full(len(total.size_D), np.inf), np.zeros(len(total.size_D))
     for code, domain in enumerate(task.domains, start=1):
         if not total.size_D[code]:
@@ -147,16 +197,7 @@ def spendable(total: Totals, task: SelectionTask, *, per_size: bool) -> Terms:
             f"the budget is {budget.amount} samples, but only {total.pool} of {total.candidates} "
             "candidates may be chosen; lower the budget or allow a short selection"
         )
-    held = np.flatnonzero(total.size_D)
-    whole = FeasibleSet(
-        size_n=total.size_D[held].astype(np.float64),
-        budget=float(budget.amount),
-        equality=equality,
-        group_n=held,
-        caps_D=caps_D,
-        floors_D=floors_D,
-    )
-    if not solve_threshold(np.zeros(len(held)), whole).feasible:
+    if not can_spend(total.size_D, float(budget.amount), equality, caps_D, floors_D):
         raise InfeasibleError(
             f"quotas {settings.quotas} and floors {settings.floors} cannot be met together with a budget of "
             f"{budget.amount} {budget.unit}; loosen one of them or allow a short selection"
@@ -172,9 +213,25 @@ def spendable(total: Totals, task: SelectionTask, *, per_size: bool) -> Terms:
     )
 
 
-def asked_limit(total: Totals, context: SelectionContext, factor: float | None, kind: str, rows: str) -> Limit:
+def can_spend(size_D: np.ndarray, budget: float, equality: bool, caps_D: np.ndarray, floors_D: np.ndarray) -> bool:
+    """Whether groups of these sizes can meet the budget, the caps and the floors together."""
+    held = np.flatnonzero(size_D)
+    whole = FeasibleSet(
+        size_n=size_D[held].astype(np.float64),
+        budget=budget,
+        equality=equality,
+        group_n=held,
+        caps_D=caps_D,
+        floors_D=floors_D,
+    )
+    return solve_threshold(np.zeros(len(held)), whole).feasible
+
+
+def asked_limit(total: Totals, context: SelectionContext) -> Limit:
     """The limit that the settings ask for."""
-    budget = context.task.budget
+    budget, settings, selector = context.task.budget, context.task.settings, context.selector
+    factor = context.task.stiff_limit
+    kind = settings.stiff_limit_kind or selector.default_stiff_limit_kind
     if factor is None:
         return Limit(value=None, certificate={"limit": None})
     samples = float(budget.amount)
@@ -185,8 +242,9 @@ def asked_limit(total: Totals, context: SelectionContext, factor: float | None, 
     if kind != "absolute":
         mean_cost = math.fsum(total.costs) / total.pool
         if kind == "target" and context.target is not None:
-            geometry = context.target.geometry
-            mean_cost = target_cost(rows, geometry.spectrum, geometry.sample_count)
+            geometry = context.geometry
+            spectrum = geometry.empirical if selector.name == "direct" else geometry.spectrum
+            mean_cost = target_cost(settings.rows or selector.default_rows, spectrum, geometry.sample_count)
         limit = factor * mean_cost * samples
     return Limit(
         value=limit,
@@ -194,14 +252,20 @@ def asked_limit(total: Totals, context: SelectionContext, factor: float | None, 
     )
 
 
-def met_limit(cheapest: Known, sure: Sure, rest: Rest, limit: Limit, task: SelectionTask) -> Limit:
-    """The limit after the cheapest selection is known: as asked, or raised to it, or InfeasibleError, by the policy."""
-    assert limit.value is not None
+def smallest_cost(rest: Rest, cheapest: Known, sure: Sure) -> float:
+    """Of all selections that spend what they must; `cheapest` is the search for it."""
     undecided = rest.ordered()
     smallest = -sure.gain
     if len(undecided):
         feasible = remaining(cheapest.terms, sure.size_D, 0.0, undecided.rows)
         smallest -= solve_threshold(undecided.rows.gain_n, feasible).value
+    return smallest
+
+
+def met_limit(rest: Rest, cheapest: Known, sure: Sure, limit: Limit, task: SelectionTask) -> Limit:
+    """The limit after the cheapest selection is known: as asked, or raised to it, or InfeasibleError, by the policy."""
+    assert limit.value is not None
+    smallest = smallest_cost(rest, cheapest, sure)
     certificate = limit.certificate | {"smallest_feasible_limit": smallest}
     if smallest <= limit.value:
         return Limit(value=limit.value, certificate=certificate)
@@ -212,8 +276,8 @@ def met_limit(cheapest: Known, sure: Sure, rest: Rest, limit: Limit, task: Selec
     return Limit(value=smallest * (1.0 + _LIMIT_ROOM), certificate=certificate)
 
 
-def decide_linear(known: Known, sure: Sure, rest: Rest, limit: Limit, task: SelectionTask) -> Decision:
-    """The optimum of the linear subproblem and its rounding; as `direct-signed` in memory."""
+def decide_vertex(rest: Rest, known: Known, sure: Sure, limit: Limit, view: View) -> Vertex:
+    """The optimum of the linear subproblem and its rounding, from the rows that a search left undecided."""
     undecided = rest.ordered()
     rows = undecided.rows
     feasible = remaining(known.terms, sure.size_D, sure.cost, rows)
@@ -227,114 +291,152 @@ def decide_linear(known: Known, sure: Sure, rest: Rest, limit: Limit, task: Sele
         chosen_m = round_solution(solution, feasible)
     else:
         solution, chosen_m = _nothing_left(known), np.zeros(0, dtype=bool)
-    weights_m = solution.weights_n if task.settings.fractional else chosen_m.astype(np.float64)
-    nu = solution.nu if np.isfinite(solution.nu) else None
-    spent = None if limit.value is None else sure.cost + float(_cost(rows.cost_n) @ chosen_m)
-    value = sure.gain + solution.value
-    certificate = limit.certificate | {
-        "mu": solution.mu,
-        "nu": nu,
-        "fractional": int(solution.fractional.size),
-        "weight_sum": sure.rows + float(solution.weights_n.sum()),
-        "cost": spent,
-        "cost_fractional": sure.cost + solution.cost,
-        "objective_per_iteration": [value],
-        "objective": sure.gain + float(rows.gain_n @ chosen_m),
-        "bound": value,
-        "filled_without_gain": sure.without_gain + int((chosen_m & (rows.gain_n <= 0.0)).sum()),
+    weights = np.stack([solution.weights_n, chosen_m, solution.cheaper_n == 1.0]).astype(np.float64)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    held = np.flatnonzero(weights.any(axis=0))
+    for place in np.unique(undecided.place_n[held]):
+        member = held[undecided.place_n[held] == place]
+        member = member[np.argsort(undecided.position_n[member])]
+        found[int(place)] = (undecided.position_n[member], weights[:, member])
+    return Vertex(
+        known=known,
+        view=view,
+        rows=found,
+        mu=solution.mu,
+        nu=solution.nu if np.isfinite(solution.nu) else None,
+        value=sure.gain + solution.value,
+        whole_value=sure.gain + float(rows.gain_n @ chosen_m),
+        cost=sure.cost + solution.cost,
+        whole_cost=None if limit.value is None else sure.cost + float(_cost(rows.cost_n) @ chosen_m),
+        fractional=int(solution.fractional.size),
+        weight_sum=sure.rows + float(solution.weights_n.sum()),
+        without_gain=sure.without_gain + int((chosen_m & (rows.gain_n <= 0.0)).sum()),
+    )
+
+
+def decide_linear(vertex: Vertex, limit: Limit, task: SelectionTask) -> Decision:
+    """As `direct-signed` in memory."""
+    certificate = (
+        limit.certificate
+        | solved(vertex, task)
+        | {
+            "objective_per_iteration": [vertex.value],
+            "objective": vertex.whole_value,
+            "bound": vertex.value,
+            "filled_without_gain": vertex.without_gain,
+        }
+    )
+    kind = "vertex" if task.settings.fractional else "whole"
+    return Decision(certificate=certificate, kind=kind, vertex=vertex, mu=vertex.mu)
+
+
+def solved(vertex: Vertex, task: SelectionTask) -> dict[str, Any]:
+    """What a certificate says of the linear subproblem."""
+    return {
+        "mu": vertex.mu,
+        "nu": vertex.nu,
+        "fractional": vertex.fractional,
+        "weight_sum": vertex.weight_sum,
+        "cost": vertex.cost if task.settings.fractional else vertex.whole_cost,
+        "cost_fractional": vertex.cost,
     }
-    if task.settings.fractional:
-        certificate["cost"] = sure.cost + solution.cost
-    taken = np.flatnonzero(weights_m)
-    by_unit = _by_unit(undecided.place_n[taken], undecided.position_n[taken], weights_m[taken])
-    return Decision(taken=by_unit, certificate=certificate, mu=solution.mu)
 
 
-def decide_ranking(known: Known, sure: Sure, rest: Rest, total: Totals, task: SelectionTask) -> Decision:
+def decide_ranking(rest: Rest, known: Known, sure: Sure, total: Totals, task: SelectionTask) -> Decision:
     """The rest of a ranking, filled in its order; as `Ranking` in memory."""
     leaders = rest.ordered()
     rows = leaders.rows
     feasible = remaining(known.terms, sure.size_D, 0.0, rows)
     order_m = fill_ranked(np.argsort(-rows.gain_n, kind="stable"), feasible)
     chosen = sure.rows + len(order_m)
-    equality = task.budget.unit == "samples" and not task.settings.allow_short
-    if equality and chosen < task.budget.amount:
+    if task.equality and chosen < task.budget.amount:
         raise InfeasibleError(
             f"selector {task.settings.selector!r} has finite scores for {total.ranked} candidates, too few for a budget of "
             f"{task.budget.amount} samples; lower the budget or allow a short selection"
         )
     last = min(sure.lowest, float(rows.gain_n[order_m].min(initial=math.inf)))
-    by_unit = _by_unit(leaders.place_n[order_m], leaders.position_n[order_m], np.ones(len(order_m)))
-    return Decision(taken=by_unit, certificate={"threshold": last if chosen else None})
+    taken = by_unit(leaders.place_n[order_m], leaders.position_n[order_m])
+    return Decision(certificate={"threshold": last if chosen else None}, kind="listed", taken=taken, known=known)
 
 
-def choice_of(element: tuple[int, UnitRows], known: Known, decision: Decision, context: SelectionContext) -> UnitChoice:
-    """What was decided of one unit."""
-    rows, task = element[1], context.task
-    ranking = isinstance(context.selector, Ranking)
-    scores = {"score": rows.gain_n}
-    weight_n = np.zeros(len(rows))
-    if not ranking:
-        view = View(kind="linear", unit=task.budget.unit)
-        scalars = view(rows)[1]
-        score_n = rows.gain_n if rows.cost_n is None else rows.gain_n - decision.mu * rows.cost_n
-        scores = {"score": score_n / scalars.size_n, "gain": rows.gain_n}
-        if rows.cost_n is not None:
-            scores["stiff_cost"] = rows.cost_n
-    if decision.order is not None:
-        scores = {"score": rows.gain_n, "gain": rows.gain_n * rows.scale_n}
-    elif decision.surely:
-        view = View(kind="ranked", unit=task.budget.unit, positive=_only_positive(context)) if ranking else view
-        position, scalars = view(rows)
-        weight_n[position[classify(scalars, known.bracket, known.terms) == 1]] = 1.0
-    key_n = scores["score"].copy()
-    if rows.index in decision.taken:
-        position_n, weights = decision.taken[rows.index]
-        at = _find(rows, position_n)
-        weight_n[at] = weights
-        if decision.order is not None:
-            key_n[at] = -decision.order[rows.index]
-    outside_n: np.ndarray | None = None
-    if decision.inside is not None:
-        outside = np.ones(len(rows), dtype=bool)
-        if rows.index in decision.inside:
-            outside[_find(rows, decision.inside[rows.index])] = False
-        outside_n = np.flatnonzero(outside)
+def choice_of(
+    rows: UnitRows, passed: UnitRows | None, decision: Decision, inside_n: np.ndarray | None, context: SelectionContext
+) -> UnitChoice:
+    """What was decided of one unit. passed: its rows after passes, where there were any; inside_n: whether rows are of the shortlist."""
+    scores = _scores(rows, passed, decision, context)
+    weight_n, key_n = _weights(rows, passed, decision, context), scores["score"].copy()
+    if decision.kind == "passed" and passed is not None:
+        key_n = passed.gain_n
+    if decision.order is not None and rows.index in decision.order:
+        key_n[find(rows, decision.taken[rows.index])] = -decision.order[rows.index]
     chosen_n = np.flatnonzero(weight_n)
     return UnitChoice(
         rows=rows,
         chosen_n=chosen_n,
         weight_n=weight_n[chosen_n],
         key_n=key_n[chosen_n],
-        outside_n=outside_n,
+        outside_n=None if inside_n is None else np.flatnonzero(~inside_n),
         scores=scores,
     )
 
 
-def _only_positive(context: SelectionContext) -> bool:
-    return isinstance(context.selector, Ranking) and context.selector.signed and context.task.settings.allow_short
+def _weights(rows: UnitRows, passed: UnitRows | None, decision: Decision, context: SelectionContext) -> np.ndarray:
+    if decision.kind == "listed":
+        weight_n = np.zeros(len(rows))
+        if decision.known is not None:
+            position, scalars = ranked_view(context.task)(rows)
+            weight_n[position[classify(scalars, decision.known.bracket, decision.known.terms) == 1]] = 1.0
+        if rows.index in decision.taken:
+            weight_n[find(rows, decision.taken[rows.index])] = 1.0
+        return weight_n
+    if decision.vertex is not None:
+        viewed = passed if passed is not None and decision.vertex.view.kind == "nearest" else rows
+        return decision.vertex.weights(viewed)[("vertex", "whole", "cheaper").index(decision.kind)]
+    assert passed is not None and passed.weight_n is not None
+    if decision.kind == "accepted":
+        assert passed.whole_n is not None
+        return passed.whole_n
+    if decision.kind == "passed":
+        return np.where(passed.weight_n >= MIN_WEIGHT, passed.weight_n, 0.0)
+    return passed.weight_n
 
 
-def ranking_view(context: SelectionContext) -> View:
+def _scores(
+    rows: UnitRows, passed: UnitRows | None, decision: Decision, context: SelectionContext
+) -> dict[str, np.ndarray]:
+    task, selector = context.task, context.selector
+    if isinstance(selector, Ranking):
+        return {"score": rows.gain_n}
+    if selector.name == "match":
+        scores = {"score": rows.gain_n, "gain": rows.gain_n * rows.scale_n}
+    else:
+        price_n = rows.gain_n if passed is None else passed.gain_n
+        score_n = price_n if rows.cost_n is None else price_n - decision.mu * rows.cost_n
+        gain_n = price_n if selector.name == "direct" else rows.gain_n
+        scores = {"score": score_n / rows.scalars(task.budget.unit).size_n, "gain": gain_n}
+    if passed is not None and selector.name != "direct":
+        assert passed.weight_n is not None
+        scores["relaxed_weight"] = passed.weight_n
+    if rows.cost_n is not None:
+        scores["stiff_cost"] = rows.cost_n
+    return scores
+
+
+def ranked_view(task: SelectionTask) -> View:
     """The view of a ranking's search."""
-    return View(kind="ranked", unit=context.task.budget.unit, positive=_only_positive(context))
+    signed = bool(getattr(get_selector(task.settings.selector), "signed", False))
+    return View(kind="ranked", unit=task.budget.unit, positive=signed and task.settings.allow_short)
 
 
-def _find(rows: UnitRows, position_n: np.ndarray) -> np.ndarray:
+def find(rows: UnitRows, position_n: np.ndarray) -> np.ndarray:
     """Where these rows of the unit stand among the n."""
     order = np.argsort(rows.position_n)
     return order[np.searchsorted(rows.position_n[order], position_n)]
 
 
-def _by_unit(
-    place_m: np.ndarray, position_m: np.ndarray, weight_m: np.ndarray
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    found = {}
-    for place in np.unique(place_m):
-        member = np.flatnonzero(place_m == place)
-        member = member[np.argsort(position_m[member])]
-        found[int(place)] = (position_m[member], weight_m[member])
-    return found
+def by_unit(place_m: np.ndarray, position_m: np.ndarray) -> dict[int, np.ndarray]:
+    """Rows of units, ascending, by unit."""
+    return {int(place): np.sort(position_m[place_m == place]) for place in np.unique(place_m)}
 
 
 def _nothing_left(known: Known) -> ThresholdSolution:

@@ -10,22 +10,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import torch
+from apache_beam.utils.shared import Shared
 
 from pipelines.candidates import candidate_set, with_curvature
 from pipelines.geometry import TargetData, read_target
+from pipelines.runners import end_with_supervisor
 from schemas.parquet import Part, decode_table, decode_vectors, part_buffer, read_columns
 from schemas.run import Run
 from schemas.spec import FeatureSpec
 from schemas.tables import MEASURE_COLUMNS, PLACE_COLUMNS
+from selection_ops.curvature import TargetGeometry
 from selection_ops.selectors import Budget, SelectorSettings, get_selector
 from selection_ops.selectors.base import CandidateSet
 from selection_ops.selectors.baselines import Ranking
 from selection_ops.selectors.guesses import tags
 from selection_ops.selectors.outliers import grad_norm_per_root_token, loss_per_token
-from selection_ops.selectors.problem import NothingToChoose, Problem, gain_cosine, plain_target
+from selection_ops.selectors.problem import NothingToChoose, Problem, direction_of, gain_cosine, plain_target
 from selection_ops.selectors.search import ScalarRows
 
 MEASURES = {"loss_outlier": loss_per_token, "grad_norm_outlier": grad_norm_per_root_token}
@@ -40,6 +44,8 @@ SCALARS = (
     "sketch_norm",
 )
 """Columns of the features that decide."""
+SKETCH_BYTES = 1 << 29
+"""Decoded sketches that a process keeps between passes: the first units that it reads, as far as they fit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,24 @@ class SelectionTask:
         """Domains with a quota or a floor; group d + 1 is that of the d-th."""
         return tuple(sorted({*self.settings.quotas, *self.settings.floors}))
 
+    @property
+    def stiff_limit(self) -> float | None:
+        """Factor of the limit on stiff cost; None without one."""
+        selector, asked = get_selector(self.settings.selector), self.settings.stiff_limit
+        if isinstance(selector, Ranking):
+            return None
+        return selector.default_stiff_limit if asked is None else asked
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a budget alone does not say what may be chosen."""
+        return bool(self.domains) or self.stiff_limit is not None
+
+    @property
+    def equality(self) -> bool:
+        """Whether the budget must be spent whole."""
+        return self.budget.unit == "samples" and not self.settings.allow_short
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class UnitRows:
@@ -102,6 +126,18 @@ class UnitRows:
     """Dropped once duplicates are known."""
     domain_tokens: Mapping[str, tuple[int, int]]
     """(rows, tokens) of all N rows, by domain."""
+    alpha_n: np.ndarray | None = None
+    """Over passes, where `gain_n` is the price of the present subproblem: <z_i, g>."""
+    weight_n: np.ndarray | None = None
+    """Over passes: the present weights."""
+    vertex_n: np.ndarray | None = None
+    """Over passes: the optimum of the present subproblem."""
+    whole_n: np.ndarray | None = None
+    """Over rounds of `direct`: whole samples of the present weights."""
+    vertex_whole_n: np.ndarray | None = None
+    """Over rounds of `direct`: whole samples of that optimum."""
+    level_n: np.ndarray | None = None
+    """Of a shortlist that may have to be longer: how many times it must double to hold a row."""
 
     def __len__(self) -> int:
         return len(self.position_n)
@@ -123,6 +159,10 @@ class UnitRows:
                 arrays[field.name] = value[kept_n]
         measures = {name: value_n[kept_n] for name, value_n in self.measures.items()}
         return dataclasses.replace(self, **arrays, reason_N=reason_N, measures=measures)
+
+    def lean(self) -> UnitRows:
+        """Without what no pass needs."""
+        return dataclasses.replace(self, reason_N=np.zeros(0, dtype=object), measures={}, domain_tokens={})
 
     def scalars(self, budget_unit: str) -> ScalarRows:
         """What a search reads."""
@@ -146,6 +186,8 @@ class SelectionContext:
         if task.target:
             self.target = read_target(self.run, task.target, task.scoring, self.spec)
         # Scalars are read here; what needs sketches is computed where they are.
+        self._kept: dict[int, torch.Tensor] = {}
+        self._kept_bytes = 0
         self._narrow = copy.copy(self.selector)
         self._narrow.needs_sketches = False  # type: ignore[misc]
         self._settings = dataclasses.replace(
@@ -155,9 +197,18 @@ class SelectionContext:
     @property
     def limited(self) -> bool:
         """Whether there is a limit on stiff cost."""
-        limit = self.task.settings.stiff_limit
-        limit = self.selector.default_stiff_limit if limit is None else limit
-        return limit is not None and not isinstance(self.selector, Ranking)
+        return self.task.stiff_limit is not None
+
+    @property
+    def geometry(self) -> TargetGeometry:
+        """Of the target, which selectors that ask for it have."""
+        assert self.target is not None
+        return self.target.geometry
+
+    @property
+    def direction_K(self) -> torch.Tensor:
+        """The unit direction whose gain is sought."""
+        return direction_of(self.geometry, self.task.settings)
 
     def table(self, unit: UnitParts, *, everything: bool = False) -> pa.Table:
         """The unit's features but for the sketches, with its curvature columns; all of them or those that decide."""
@@ -172,7 +223,9 @@ class SelectionContext:
         return with_curvature(features, decode_table(data, url, schema="curvature", spec=self.spec.fingerprint)[0])
 
     def sketches(self, unit: UnitParts) -> torch.Tensor:
-        """Unit sketches of all rows of the unit, float16 [N, K]; the hash of the part is verified."""
+        """Unit sketches of all rows of the unit, float16 [N, K]; the hash of the part is verified when it is read."""
+        if unit.index in self._kept:
+            return self._kept[unit.index]
         width = self.spec.sketch_size
         stored_NK = np.empty((unit.features.rows, width), np.float16)
 
@@ -184,7 +237,11 @@ class SelectionContext:
             part_buffer(self.run.url, unit.features), self.run.path(unit.features.path), "sketch", store,
             schema="features", spec=self.spec.fingerprint, rows=unit.features.rows, width=width,
         )  # fmt: skip
-        return torch.from_numpy(stored_NK)
+        sketches_NK = torch.from_numpy(stored_NK)
+        if self._kept_bytes + stored_NK.nbytes <= SKETCH_BYTES:
+            self._kept[unit.index] = sketches_NK
+            self._kept_bytes += stored_NK.nbytes
+        return sketches_NK
 
     def candidates(self, table: pa.Table, unit_NK: torch.Tensor | None = None) -> CandidateSet:
         """Candidates of some rows, as the in-memory path sees them."""
@@ -194,7 +251,8 @@ class SelectionContext:
         """The scalars of a unit; its sketches are read only where the gain is no stored column."""
         task = self.task
         table = self.table(unit)
-        targeted = isinstance(self.selector, Ranking) or plain_target(task.settings)
+        published = self.selector.name == "direct"
+        targeted = isinstance(self.selector, Ranking) or published or plain_target(task.settings)
         candidates = self.candidates(table, None if targeted or not len(table) else self.sketches(unit))
         content_id = np.asarray(candidates.content_id)
         counted = _by_domain(candidates)
@@ -217,11 +275,13 @@ class SelectionContext:
         if isinstance(self.selector, Ranking):
             gain_n, scale_n = self.selector.score(problem), np.ones(len(pool_n))
         else:
-            gain_n, scale_n = gain_cosine(problem), problem.scale_n
+            scale_n = problem.scale_n
+            # The published problem has no gains but those of its rounds.
+            gain_n = np.zeros(len(pool_n)) if published else gain_cosine(problem)
             if self.selector.name != "match":
                 gain_n = gain_n * scale_n
             if self.limited:
-                cost_n = problem.column("stiff_cost") * scale_n**2
+                cost_n = problem.column("stiff_cost_empirical" if published else "stiff_cost") * scale_n**2
         domain_n = np.asarray(candidates.domain)[pool_n]
         group_n = np.zeros(len(pool_n), np.int64)
         for code, domain in enumerate(task.domains):
@@ -246,6 +306,19 @@ class SelectionContext:
             content_id_n=content_id[pool_n],
             domain_tokens=counted,
         )
+
+
+class TaskStep(beam.DoFn):
+    """A step that needs the run, the target and the selector."""
+
+    def __init__(self, task: SelectionTask, shared: Shared) -> None:
+        self._task, self._shared = task, shared
+
+    def setup(self) -> None:
+        end_with_supervisor()
+        torch.set_num_threads(1)
+        task = self._task
+        self._context: SelectionContext = self._shared.acquire(lambda: SelectionContext(task))
 
 
 def _none(known: Mapping[str, Any], reason_N: np.ndarray) -> UnitRows:

@@ -8,8 +8,9 @@ a whole number, a set, or a list of sums of units that is added exactly, so resu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import apache_beam as beam
@@ -41,11 +42,14 @@ class View:
     """Which rows of a unit a search is over, and what they gain."""
 
     kind: str
-    """`linear`, `cheapest` (gains are negative costs), `ranked`, or the reason that a cap on a measure gives."""
+    """`linear`, `cheapest` (gains are negative costs), `nearest` (gains are weights after passes, by size), `ranked`, or the
+    reason that a cap on a measure gives."""
     unit: str = "samples"
     """Unit of the budget."""
     positive: bool = False
     """ranked: whether rows of no positive score are left out."""
+    level: int | None = None
+    """cheapest: only rows of a shortlist that has doubled so many times."""
 
     def __call__(self, rows: UnitRows) -> tuple[np.ndarray, ScalarRows]:
         """Positions among the n, and the scalars there."""
@@ -55,11 +59,20 @@ class View:
             return every, whole
         if self.kind == "cheapest":
             costs = np.zeros(len(rows)) if whole.cost_n is None else whole.cost_n
-            return every, dataclasses.replace(whole, gain_n=-costs, cost_n=None)
+            whole = dataclasses.replace(whole, gain_n=-costs, cost_n=None)
+            if self.level is None:
+                return every, whole
+            assert rows.level_n is not None
+            position = np.flatnonzero(rows.level_n <= self.level)
+            return position, whole.at(position)
+        if self.kind == "nearest":
+            assert rows.weight_n is not None
+            return every, dataclasses.replace(whole, gain_n=rows.weight_n * whole.size_n)
         gain_n = whole.gain_n
         if self.kind != "ranked":
-            # An empty unit has no measures.
+            # An empty unit has no measures; domains have no part in a cap.
             gain_n = -rows.measures.get(self.kind, np.full(len(rows), np.nan))
+            whole = dataclasses.replace(whole, group_n=np.zeros(len(rows), np.int64))
         kept = np.isfinite(gain_n) if self.kind == "ranked" else ~np.isnan(gain_n)
         if self.positive:
             kept &= gain_n > 0.0
@@ -137,6 +150,16 @@ class Rest:
         return ordered if self.room_D is None else ordered.at(leading(ordered.rows, self.room_D))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Many:
+    """The same of several searches, which go through the same passes; adds up."""
+
+    items: tuple[Any, ...]
+
+    def __add__(self, other: Many) -> Many:
+        return Many(tuple(one + another for one, another in zip(self.items, other.items, strict=True)))
+
+
 class Added(beam.CombineFn):
     """The sum of all elements, by their own `+`; there must be one."""
 
@@ -175,37 +198,45 @@ def exact_parts(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(parts)
 
 
+def one(records: PCollection) -> AsSingleton:
+    """The one element as a side input; None where there is none, because the step before it had nothing left to do."""
+    return AsSingleton(records, None)
+
+
 def added(records: PCollection, label: str) -> PCollection:
-    """The sum of all records, as one element."""
+    """The sum of all records, as one element; nothing where there are none."""
     return records | label >> beam.CombineGlobally(Added()).without_defaults()
 
 
 def search(rows: PCollection, terms: PCollection, view: View, label: str, rounds: int) -> PCollection:
-    """`Known` after so many rounds over `rows`, pairs of unit and UnitRows; `terms` holds one `Terms`."""
+    """`Known` after so many rounds over `rows`, pairs of unit and UnitRows; `terms` holds one `Terms`.
+
+    `Many` terms are as many searches, each over the rows of its level; what they find is `Many` too.
+    """
     known = terms | f"{label}Start" >> beam.Map(_start)
     for number in range(1, rounds + 1):
-        drawn = rows | f"{label}Draw{number}" >> beam.Map(_draw, view, AsSingleton(known))
-        grid = added(drawn, f"{label}Sample{number}") | f"{label}Grid{number}" >> beam.Map(_lay, AsSingleton(known))
-        counted = rows | f"{label}Count{number}" >> beam.Map(_count, view, AsSingleton(known), AsSingleton(grid))
+        drawn = rows | f"{label}Draw{number}" >> beam.Map(_draw, view, one(known))
+        grid = added(drawn, f"{label}Sample{number}") | f"{label}Grid{number}" >> beam.Map(_lay, one(known))
+        counted = rows | f"{label}Count{number}" >> beam.Map(_count, view, one(known), one(grid))
         known = added(counted, f"{label}Histogram{number}") | f"{label}Narrow{number}" >> beam.Map(
-            _narrow, AsSingleton(known), AsSingleton(grid)
+            _narrow, one(known), one(grid)
         )
     return known
 
 
 def sure_of(rows: PCollection, known: PCollection, view: View, label: str) -> PCollection:
     """One `Sure`."""
-    return added(rows | f"{label}Sure" >> beam.Map(_sure, view, AsSingleton(known)), f"{label}SureSum")
+    return added(rows | f"{label}Sure" >> beam.Map(_sure, view, one(known)), f"{label}SureSum")
 
 
 def undecided_of(rows: PCollection, known: PCollection, view: View, label: str) -> PCollection:
     """One `Rest` of all undecided rows."""
-    return added(rows | f"{label}Undecided" >> beam.Map(_undecided, view, AsSingleton(known)), f"{label}Rest")
+    return added(rows | f"{label}Undecided" >> beam.Map(_undecided, view, one(known)), f"{label}Rest")
 
 
 def leaders_of(rows: PCollection, known: PCollection, sure: PCollection, view: View, label: str) -> PCollection:
     """One `Rest` of the leaders beyond what is sure."""
-    found = rows | f"{label}Leaders" >> beam.Map(_leaders, view, AsSingleton(known), AsSingleton(sure))
+    found = rows | f"{label}Leaders" >> beam.Map(_leaders, view, one(known), one(sure))
     return added(found, f"{label}Rest")
 
 
@@ -219,27 +250,53 @@ def placed(unit: UnitRows, position: np.ndarray, rows: ScalarRows) -> PlacedRows
     )
 
 
+def _by_level(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, or where it is given `Many` of something, the step of each with the view of its level."""
+
+    @functools.wraps(step)
+    def run(*given: Any) -> Any:
+        counts = {len(value.items) for value in given if isinstance(value, Many)}
+        if not counts:
+            return step(*given)
+        (count,) = counts
+        return Many(tuple(step(*(_at_level(value, level) for value in given)) for level in range(count)))
+
+    return run
+
+
+def _at_level(value: Any, level: int) -> Any:
+    if isinstance(value, Many):
+        return value.items[level]
+    return dataclasses.replace(value, level=level) if isinstance(value, View) else value
+
+
+@_by_level
 def _start(terms: Terms) -> Known:
     return Known(terms=terms, bracket=first_bracket(terms))
 
 
+@_by_level
 def _draw(element: tuple[int, UnitRows], view: View, known: Known) -> Sample:
     position, rows = view(element[1])
     return draw(rows, element[1].tag_n[position], known.bracket, known.terms)
 
 
+@_by_level
 def _lay(sample: Sample, known: Known) -> Grid:
     return lay_grid(sample, known.bracket, known.terms)
 
 
+@_by_level
 def _count(element: tuple[int, UnitRows], view: View, known: Known, grid: Grid) -> Counts:
     return count(view(element[1])[1], known.bracket, grid, known.terms)
 
 
+@_by_level
 def _narrow(counts: Counts, known: Known, grid: Grid) -> Known:
     return Known(terms=known.terms, bracket=narrow(known.bracket, grid, counts, known.terms))
 
 
+@_by_level
 def _sure(element: tuple[int, UnitRows], view: View, known: Known) -> Sure:
     _, rows = view(element[1])
     rows = rows.at(classify(rows, known.bracket, known.terms) == 1)
@@ -255,6 +312,7 @@ def _sure(element: tuple[int, UnitRows], view: View, known: Known) -> Sure:
     )
 
 
+@_by_level
 def _undecided(element: tuple[int, UnitRows], view: View, known: Known) -> Rest:
     position, rows = view(element[1])
     index = np.flatnonzero(classify(rows, known.bracket, known.terms) == 0)

@@ -68,17 +68,19 @@ class _Ranged:
     sample_id_n: np.ndarray
 
 
-def ranks_of(choices: PCollection) -> tuple[PCollection, PCollection]:
+def ranks_of(choices: PCollection, label: str = "") -> tuple[PCollection, PCollection]:
     """Pairs of unit and (slots, ranks), some for every unit, and one Counter of chosen rows by range."""
-    keys = added(choices | "Keys" >> beam.Map(_keys), "SampleKeys") | "Ranges" >> beam.Map(_Keys.bounds)
+    keys = added(choices | f"{label}Keys" >> beam.Map(_keys), f"{label}SampleKeys") | f"{label}Ranges" >> beam.Map(
+        _Keys.bounds
+    )
     sorted_ranges = (
         choices
-        | "ByRange" >> beam.FlatMap(_by_range, AsSingleton(keys))
-        | "GroupRange" >> beam.GroupByKey()
-        | "SortRange" >> beam.Map(_sorted)
+        | f"{label}ByRange" >> beam.FlatMap(_by_range, AsSingleton(keys))
+        | f"{label}GroupRange" >> beam.GroupByKey()
+        | f"{label}SortRange" >> beam.Map(_sorted)
     )
-    counts = added(sorted_ranges | "CountRange" >> beam.Map(_count_range), "CountRanges")
-    return sorted_ranges | "Offset" >> beam.FlatMap(_offset, AsSingleton(counts)), counts
+    counts = added(sorted_ranges | f"{label}CountRange" >> beam.Map(_count_range), f"{label}CountRanges")
+    return sorted_ranges | f"{label}Offset" >> beam.FlatMap(_offset, AsSingleton(counts)), counts
 
 
 def _keys(element: tuple[int, UnitChoice]) -> _Keys:

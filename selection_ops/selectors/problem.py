@@ -205,7 +205,9 @@ class Problem:
         return rows.dot_rows(self.unit_NK, vectors_PK)[self.pool_n]
 
     def sum(self, position_n: np.ndarray, weights_n: np.ndarray, scale_n: np.ndarray) -> torch.Tensor:
-        """sum_i weight_i scale_i u_i over pool positions; float64 [K]."""
+        """sum_i weight_i scale_i u_i over pool positions, in their order, so that equal sets have equal sums; float64 [K]."""
+        by = np.argsort(position_n, kind="stable")
+        position_n, weights_n = position_n[by], weights_n[by]
         return rows.sum_rows(self.unit_NK, self.pool_n[position_n], weights_n * scale_n[position_n])
 
     def feasible(self, cost_n: np.ndarray | None = None, limit: float | None = None) -> FeasibleSet:
@@ -262,11 +264,15 @@ class Problem:
 
 
 def target_direction(problem: Problem) -> torch.Tensor:
+    """See `direction_of`."""
+    return direction_of(problem.geometry, problem.settings)
+
+
+def direction_of(geometry: TargetGeometry, settings: SelectorSettings) -> torch.Tensor:
     """The unit direction whose gain is sought: settings `gain` and `contrast` applied to the mean target gradient; [K].
 
     Projections are orthogonal, so <P z, P g> = <z, P g> and only the target's side needs projecting.
     """
-    geometry, settings = problem.geometry, problem.settings
     gain_K = geometry.mean_K
     if settings.gain == "flat+null":
         stiff_JK = geometry.spectrum.stiff_vectors

@@ -70,9 +70,13 @@ class PenalisedGain:
     def bound(self, at: Pass) -> float:
         """F plus the Frank-Wolfe gap, plus what float32 dot products may be off in both."""
         vertex_n = at.vertex.weights_n
-        gap = max(0.0, float(at.price_n @ (vertex_n - at.weights_n)))
-        size = float(at.scale_n @ (vertex_n + at.weights_n))
-        return self.value(at.sum_K) + gap + dot_rounding(at.sum_K) * (1.0 + self.slope(at.sum_K)) * size
+        gap = float(at.price_n @ (vertex_n - at.weights_n))
+        return self.bound_of(at.sum_K, gap=gap, size=float(at.scale_n @ (vertex_n + at.weights_n)))
+
+    def bound_of(self, sum_K: torch.Tensor, *, gap: float, size: float) -> float:
+        """The same from sums over the pool: price.(vertex - weights), and scale.(vertex + weights)."""
+        rounding = dot_rounding(sum_K) * (1.0 + self.slope(sum_K)) * size
+        return self.value(sum_K) + max(0.0, gap) + rounding
 
 
 def choose_penalised(

@@ -61,8 +61,8 @@ class ScalarRows:
 class Terms:
     """What a selection may spend, in whole numbers, and whether its keys are gains per size or gains."""
 
-    budget: int
-    """Samples or tokens."""
+    budget: float
+    """Samples or tokens; a whole number, but where weights that are none say what may be spent."""
     size_D: np.ndarray
     """Size of all rows of each group, int64."""
     caps_D: np.ndarray

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from schemas.errors import InputError, LehrError
 from schemas.manifest import Manifest, write_manifest
 from schemas.parquet import Part, read_footer, read_table, write_table
 from schemas.run import Run
-from selection_ops.selectors import Budget, SelectorSettings, guesses
+from selection_ops.selectors import Budget, SelectorSettings, base, guesses
+from selection_ops.selectors.base import Selector
 
 IN_PROCESS = Execution(workers=1)
 SAMPLES, TOKENS = Budget(samples=40), Budget(tokens=9_000)
@@ -48,8 +51,12 @@ def solution(run: Run, name: str) -> dict[str, Any]:
     return orjson.loads(Path(run.path(f"{run.selection_folder(name)}/solution.json")).read_bytes())
 
 
-def scores(table: pa.Table, without: tuple[str, ...] = ()) -> list[dict[str, float]]:
-    return [{name: value for name, value in row if name not in without} for row in table["scores"].to_pylist()]
+def scores(table: pa.Table) -> dict[str, np.ndarray]:
+    """Every score by name, not a number where a row has none; `score` among them."""
+    rows = [dict(row) for row in table["scores"].to_pylist()]
+    names = {name for row in rows for name in row}
+    found = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+    return found | {"score": table["score"].to_numpy(zero_copy_only=False).astype(float)}
 
 
 def assert_alike(
@@ -59,26 +66,37 @@ def assert_alike(
     run_select(run, f"{name}-memory", "base", "target", budget, settings, **options)
     run_select_beam(run, f"{name}-beam", "base", "target", budget, settings, IN_PROCESS, rounds=rounds, **options)
     memory, beam = selection(run, f"{name}-memory"), selection(run, f"{name}-beam")
+    # Prices that come from sketches are float32 products, of blocks of other rows.
+    passes = settings.selector in ("match", "direct") or settings.redundancy > 0.0
     for column in memory.column_names:
         if column in ("score", "scores"):
             continue
-        if pa.types.is_floating(memory[column].type):
+        if column == "selection_weight" and passes:
+            np.testing.assert_allclose(beam[column].to_numpy(), memory[column].to_numpy(), atol=1e-5)
+        elif pa.types.is_floating(memory[column].type):
             # Not a number equals itself here.
             np.testing.assert_array_equal(memory[column].to_numpy(), beam[column].to_numpy(), column)
         else:
             assert memory[column].equals(beam[column]), column
     # Prices are quotients of sums over the pool, in another order: some hundred roundings.
-    left = memory["score"].to_numpy(zero_copy_only=False).astype(float)
-    right = beam["score"].to_numpy(zero_copy_only=False).astype(float)
-    np.testing.assert_allclose(right, left, rtol=1e-10, atol=1e-12)
-    for one, other in zip(scores(memory, ("relaxed_weight",)), scores(beam), strict=True):
-        assert one == pytest.approx(other, rel=1e-10)
+    expected_scores, found_scores = scores(memory), scores(beam)
+    if not relaxes(settings, solution(run, f"{name}-memory")["certificate"]):
+        expected_scores.pop("relaxed_weight", None)
+    assert set(expected_scores) == set(found_scores)
+    for key, left in expected_scores.items():
+        near = 1e-5 * max(1.0, float(np.nanmax(np.abs(left)))) if passes else 1e-12
+        np.testing.assert_allclose(found_scores[key], left, rtol=1e-5 if passes else 1e-10, atol=near, err_msg=key)
     here, there = solution(run, f"{name}-memory"), solution(run, f"{name}-beam")
     assert here["counts"] == there["counts"]
-    shared = set(here["certificate"]) & set(there["certificate"]) - {"objective_per_iteration", "bound"}
+    shared = set(here["certificate"]) & set(there["certificate"]) - {"bound"}
+    if not passes:
+        shared -= {"objective_per_iteration"}
+    assert {"objective", "threshold"} & shared
     for key in shared:
         found, expected = there["certificate"][key], here["certificate"][key]
-        assert found == (pytest.approx(expected, rel=1e-9) if isinstance(expected, float) else expected), key
+        if isinstance(expected, float | list):
+            expected = pytest.approx(expected, rel=1e-5 if passes else 1e-9, abs=1e-6 if passes else 1e-12)
+        assert found == expected, key
     for key in ("candidates", "pool", "selected", "selected_tokens", "weight_sum", "duplicates_dropped", "non_finite"):
         assert here["diagnostics"][key] == pytest.approx(there["diagnostics"][key]), key
     assert there["diagnostics"].get("outlier_caps") == here["diagnostics"].get("outlier_caps")
@@ -90,6 +108,12 @@ def assert_alike(
             assert there["diagnostics"][key] == pytest.approx(here["diagnostics"][key], abs=1e-5), key
 
 
+def relaxes(settings: SelectorSettings, certificate: dict[str, Any]) -> bool:
+    """Whether relaxed weights are needed to choose, and not only for a bound."""
+    long = certificate.get("shortlist", 0) > settings.greedy_rows
+    return settings.redundancy > 0.0 or (settings.selector == "match" and (settings.fractional or long))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "selector", ["random", "loss", "grad-norm", "target-cosine", "target-dot", "influence", "influence-cos"]
@@ -97,6 +121,10 @@ def assert_alike(
 def test_rankings(run: Run, selector: str) -> None:
     assert_alike(run, SAMPLES, SelectorSettings(selector=selector), name=f"r-{selector}")
 
+
+QUOTAS: dict[str, Any] = {"quotas": {"math": 0.1}, "floors": {"web": 0.3, "noise": 0.2}}
+POOL: dict[str, Any] = {"shortlist": 0.0, "greedy_rows": 100, "max_iterations": 3}
+"""The whole pool, of which greedy sees a part."""
 
 CASES: dict[str, tuple[Budget, dict[str, Any]]] = {
     "tokens": (TOKENS, {"selector": "target-cosine"}),
@@ -136,10 +164,47 @@ CASES: dict[str, tuple[Budget, dict[str, Any]]] = {
     "match": (SAMPLES, {"selector": "match"}),
     "match-tokens": (TOKENS, {"selector": "match", "shortlist": 1.0, "rows": "unit"}),
     "match-flat": (SAMPLES, {"selector": "match", "gain": "flat+null", "max_grad_norm_quantile": 0.9}),
-}
+    "match-quotas": (SAMPLES, {"selector": "match", **QUOTAS}),
+    "match-limit": (SAMPLES, {"selector": "match", "stiff_limit": 0.6, "stiff_limit_kind": "pool"}),
+    "match-tight-limit": (SAMPLES, {"selector": "match", "stiff_limit": 0.05, "if_infeasible": "raise"}),
+    "match-limit-quotas": (SAMPLES, {"selector": "match", "stiff_limit": 0.8, "stiff_limit_kind": "pool", **QUOTAS}),
+    "match-fractional": (SAMPLES, {"selector": "match", "fractional": True, "max_iterations": 4}),
+    "match-fractional-tokens": (TOKENS, {"selector": "match", "fractional": True, "max_iterations": 4, **QUOTAS}),
+    "match-pool": (SAMPLES, {"selector": "match", **POOL}),
+    "match-pool-tokens": (TOKENS, {"selector": "match", **POOL}),
+    "match-pool-short": (Budget(samples=200), {"selector": "match", "allow_short": True, **POOL}),
+    "match-pool-limit": (TOKENS, {"selector": "match", "stiff_limit": 0.5, "stiff_limit_kind": "pool", **POOL}),
+    "match-long": (Budget(samples=120), {"selector": "match", "greedy_rows": 150, "max_iterations": 3}),
+    "match-blocks": (Budget(samples=200), {"selector": "match", **POOL}),
+    "direct": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "max_iterations": 2}),
+    "direct-to-the-end": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "max_iterations": 12}),
+    "direct-raised": (SAMPLES, {"selector": "direct", "if_infeasible": "raise", "max_iterations": 4}),
+    "direct-fractional": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "fractional": True, "max_iterations": 9}),
+    "direct-restarts": (
+        TOKENS,
+        {"selector": "direct", "stiff_limit": 0.75, "restarts": 2, "max_iterations": 4, "seed": 3, **QUOTAS},
+    ),
+    "redundancy": (SAMPLES, {"selector": "direct-signed", "redundancy": 0.7, "max_iterations": 4}),
+    "redundancy-tokens": (TOKENS, {"selector": "direct-signed", "redundancy": 1.0, "max_iterations": 4, **QUOTAS}),
+    "redundancy-limit": (
+        SAMPLES,
+        {
+            "selector": "direct-signed", "redundancy": 0.7, "stiff_limit": 0.7, "stiff_limit_kind": "pool",
+            "rows": "sum", "max_iterations": 4,
+        },
+    ),
+    "redundancy-short": (
+        SAMPLES,
+        {"selector": "direct-signed", "redundancy": 3.0, "allow_short": True, "greedy_rows": 50, "max_iterations": 6},
+    ),
+    "redundancy-fractional": (
+        SAMPLES,
+        {"selector": "direct-signed", "redundancy": 0.7, "fractional": True, "max_iterations": 4},
+    ),
+}  # fmt: skip
 
 
-QUICK = ("ranking-token-quotas", "signed-binding", "match-tokens")
+QUICK = ("ranking-token-quotas", "signed-binding", "match-tokens", "match-pool", "direct")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +220,56 @@ def test_columns_only_and_overlapping(run: Run) -> None:
     settings = SelectorSettings(selector="target-cosine")
     assert_alike(run, SAMPLES, settings, name="columns", columns_only=True)
     assert_alike(run, SAMPLES, settings, name="overlapping", keep_overlapping=True)
+
+
+def drawn(seed: int) -> tuple[Budget, dict[str, Any]]:
+    """A budget and settings, any of those that a selection with prices may have together."""
+    draw = random.Random(seed)
+    selector = ("match", "direct", "direct-signed")[seed % 3]
+    samples = draw.random() < 0.5
+    budget = Budget(samples=draw.randint(5, 150)) if samples else Budget(tokens=draw.randint(1_000, 30_000))
+    changes: dict[str, Any] = {
+        "selector": selector,
+        "rows": draw.choice(["sum", "unit"]),
+        "fractional": draw.random() < 0.25,
+        "allow_short": draw.random() < 0.25,
+        "if_infeasible": draw.choice(["error", "raise"]),
+        "greedy_rows": draw.choice([20, 100, 1_000]),
+        "max_iterations": draw.choice([1, 2, 4]),
+        "shortlist": draw.choice([0.0, 1.0, 2.5]),
+        "bound": False,
+        "two_fold": False,
+    }
+    if draw.random() < 0.6 or selector == "direct":
+        changes |= {"stiff_limit": draw.uniform(0.2, 1.2), "stiff_limit_kind": "pool"}
+    if draw.random() < 0.5:
+        changes["quotas"] = {"math": draw.uniform(0.05, 0.5), "web": draw.uniform(0.05, 0.5)}
+    if draw.random() < 0.5:
+        changes["floors"] = {"noise": draw.uniform(0.0, 0.3), "web": draw.uniform(0.0, 0.05)}
+    if draw.random() < 0.3:
+        changes["max_grad_norm_quantile"] = draw.uniform(0.6, 1.0)
+    if selector == "direct":
+        changes["restarts"] = draw.randint(0, 1)
+    if selector == "direct-signed" and draw.random() < 0.7:
+        changes["redundancy"] = draw.choice([0.3, 1.0, 3.0])
+    return budget, changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_any_settings_together(run: Run, seed: int) -> None:
+    budget, changes = drawn(seed)
+    settings = SelectorSettings(**changes)
+    try:
+        run_select(run, f"drawn-{seed}-memory", "base", "target", budget, settings)
+    except LehrError as memory:
+        with pytest.raises(LehrError) as beam:
+            run_select_beam(run, "none", "base", "target", budget, settings, IN_PROCESS, rounds=seed % 2)
+        # Limits are sums over the pool, in another order.
+        number = re.compile(r"[0-9.e+-]+")
+        assert number.sub("", str(beam.value)) == number.sub("", str(memory))
+    else:
+        assert_alike(run, budget, settings, name=f"drawn-{seed}", rounds=seed % 2)
 
 
 def test_a_limit_that_nothing_meets_names_the_smallest(run: Run) -> None:
@@ -188,22 +303,13 @@ def test_budgets_that_cannot_be_spent_are_refused_alike(run: Run, budget: Budget
     assert str(beam.value) == str(memory.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"selector": "direct"}, "'direct'"),
-        ({"selector": "direct-signed", "redundancy": 0.5}, "redundancy"),
-        ({"selector": "match", "quotas": {"a": 0.5}}, "quotas"),
-        ({"selector": "match", "stiff_limit": 1.0}, "stiff_limit"),
-        ({"selector": "match", "shortlist": 0.0}, "shortlist"),
-        ({"selector": "match", "floors": {"a": 0.5}, "fractional": True}, "floors, fractional"),
-        ({"selector": "match", "greedy_rows": 50}, "greedy-rows"),
-    ],
-)
-def test_what_the_job_does_not_do_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(InputError, match=named) as refused:
-        refuse_unsupported(SelectorSettings(**changes), SAMPLES)
-    assert "--engine memory" in str(refused.value)
+def test_a_selector_that_the_job_does_not_know_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Selector):
+        pass
+
+    monkeypatch.setitem(base._SELECTORS, "own", Own)
+    with pytest.raises(InputError, match=r"'own'.*--engine memory"):
+        refuse_unsupported(SelectorSettings(selector="own"))
 
 
 def test_a_selection_of_the_other_engine_is_not_replaced(run: Run) -> None:
