@@ -19,6 +19,9 @@ from schemas.storage import list_names
 from selection_ops.model import tokenizer_fingerprint
 from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
 from tests.trainer.test_loop import Stop, journal, results, settings, stopping
+from tests.trainer.test_parallel import arguments
+from tests.trainer.together import Group
+from trainer.__main__ import main
 from trainer.follow import newest_generation, read_record
 from trainer.loggers import Progress
 from trainer.loop import train
@@ -217,6 +220,23 @@ def test_the_generation_of_the_checkpoint_is_gone(world: Place) -> None:
         InputError, match=r"has no finished stream|has no generation 1|stands on a generation that is gone"
     ):
         train(run, following(world))
+
+
+def test_several_processes_switch_together(world: Place, tmp_path: Path) -> None:
+    """Process 0 looks, all of them switch: the decisions of one process."""
+    run, _ = world
+    add(world)
+    options = {"policy": "full", "generation": 1, "follow-every": 2, "steps": 5}
+    words = [[*arguments(*world, name, **options), "--follow"] for name in ("one", "two")]
+    assert main(words[0]) == 0
+    group = Group(2, words[1], tmp_path / "logs")
+    assert group.wait() == [0, 0], group.output(0)[-2000:]
+    for name in ("one", "two"):
+        assert [row["generation"] for row in journal(run, name)] == [1, 1, 2, 2, 2]
+    one, two = (
+        [(row["position"], row["sample_id"]) for row in journal(run, name, "decisions")] for name in ("one", "two")
+    )
+    assert one == two
 
 
 def test_follow_with_a_token_budget(world: Place) -> None:
