@@ -226,7 +226,7 @@ def test_several_processes_switch_together(world: Place, tmp_path: Path) -> None
     """Process 0 looks, all of them switch: the decisions of one process."""
     run, _ = world
     add(world)
-    options = {"policy": "full", "generation": 1, "follow-every": 2, "steps": 5}
+    options: dict[str, Any] = {"policy": "full", "generation": 1, "follow-every": 2, "steps": 5}
     words = [[*arguments(*world, name, **options), "--follow"] for name in ("one", "two")]
     assert main(words[0]) == 0
     group = Group(2, words[1], tmp_path / "logs")
