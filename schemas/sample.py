@@ -67,6 +67,8 @@ class Sample:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
+_TEXTS = ("sample_id", "content_id", "path", "text", "source_id", "domain")
+_NUMBERS = ("row", "window", "char_start", "char_end")
 
 
 def sample_to_dict(sample: Sample) -> dict[str, Any]:
@@ -81,10 +83,22 @@ def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
     """Inverse of `sample_to_dict`; unknown keys are ignored. Raises `CorruptFile` naming `where` for a bad record."""
     try:
         values = {name: record[name] for name in _FIELDS}
-        values["loss_spans"] = tuple((int(start), int(end)) for start, end in record["loss_spans"])
+        for name in _TEXTS:
+            if not isinstance(values[name], str):
+                raise TypeError(f"{name} is not a string")
+        for name in _NUMBERS:
+            values[name] = counting(values[name], name)
+        values["loss_spans"] = tuple(
+            (counting(start, "span"), counting(end, "span")) for start, end in record["loss_spans"]
+        )
         values["extra"] = orjson.dumps(record["extra"], option=orjson.OPT_SORT_KEYS).decode()
-        if not isinstance(values["text"], str):
-            raise TypeError("text is not a string")
         return Sample(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{where}: not a sample record ({type(error).__name__}: {error})") from error
+
+
+def counting(value: Any, name: str) -> int:
+    """`value` itself if it is a number to count or place by. Raises `ValueError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {value!r:.50}, not an integer of at least 0")
+    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import orjson
 
 from schemas.errors import CorruptFile, InputError
 from schemas.fingerprint import fingerprint, plain, pretty_json
-from schemas.sample import Sample, sample_from_dict, sample_to_dict
+from schemas.sample import Sample, counting, sample_from_dict, sample_to_dict
 from schemas.storage import read_bytes, sha256
 
 STREAM_VERSION = 1
@@ -101,14 +102,18 @@ def decode_record(data: bytes, where: str) -> RankedSample:
         record = orjson.loads(data)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
+        weight = record["selection_weight"]
+        # A text such as "NaN" is a number to float().
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"selection_weight is {weight!r:.50}, not a finite number of at least 0")
         return RankedSample(
             sample=sample_from_dict(record, where),
-            rank=int(record["rank"]),
-            selection_weight=float(record["selection_weight"]),
-            tokens=int(record["tokens"]),
-            loss_tokens=int(record["loss_tokens"]),
+            rank=counting(record["rank"], "rank"),
+            selection_weight=float(weight),
+            tokens=counting(record["tokens"], "tokens"),
+            loss_tokens=counting(record["loss_tokens"], "loss_tokens"),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptFile(f"{where}: not a sample of a ranked stream ({error})") from error
 
 
