@@ -12,11 +12,12 @@ import pytest
 
 from lehr.audit import ask
 from lehr.cli import EXIT_ERROR, main
-from lehr.compare.arms import CompareSettings, SharedSettings, parse_arm
+from lehr.compare.arms import CompareSettings, SharedSettings, parse_arm, training_name
 from lehr.compare.run import Comparison, Watch, compare, read_comparison, read_seconds
 from schemas.errors import InputError
 from schemas.manifest import Manifest, write_manifest
 from schemas.run import Run
+from schemas.shards import read_index
 from selection_ops.batching import collate
 from selection_ops.encoding import Encoder
 from selection_ops.flops import model_size
@@ -288,6 +289,13 @@ def test_a_stream_can_be_drawn_anew_for_every_seed(place: Place) -> None:
         run.manifest("train", r["training"]).inputs["stream"] for r in found.trainings if r["arm"].startswith("draw")
     ]
     assert len(set(inputs)) == 3
+    # Here control and arm both vary with the seed: a pairing of other seeds has another interval.
+    loss = {(row["arm"], row["seed"]): row["eval_loss"] for row in found.trainings}
+    mine, other = ([loss[arm, seed] for seed in range(3)] for arm in ("match:full", "draw-{seed}:full"))
+    paired = mean_interval([a - b for a, b in zip(mine, other)])
+    crossed = mean_interval([a - b for a, b in zip(mine, reversed(other))])
+    row = by_arm(found)["match:full"]
+    assert (row["difference_low"], row["difference_high"]) == (paired.low, paired.high) != (crossed.low, crossed.high)
 
 
 def test_arms_branch_off_a_training(place: Place) -> None:
@@ -376,6 +384,22 @@ def test_an_arm_whose_stream_ends_before_the_budget_is_refused(place: Place) -> 
         InputError, match=r"ended with its stream after \d+ of 300 tokens, before its learning rate came to its end"
     ):
         compare(run, choose(model, "match:random,n_keep=2", token_budget=300, name="short"))
+
+
+def test_the_name_of_a_training_follows_all_that_decides_it(place: Place) -> None:
+    run, _ = place
+    index = read_index(run.path(run.stream_folder("match", 1)))
+    shared = SharedSettings()
+
+    def name(changed: SharedSettings = shared, arm: str = "match:random", model: str = "m") -> str:
+        return training_name(parse_arm(arm, 0, changed), index, model)
+
+    others = [
+        name(dataclasses.replace(shared, lr=0.5)), name(dataclasses.replace(shared, start_from="stable@2")), name(model="n"),
+        name(arm="match:random,n_keep=3"), name(dataclasses.replace(shared, optimizer_state="elsewhere")),
+    ]  # fmt: skip
+    assert len({name(), *others}) == 6
+    assert name() == name(dataclasses.replace(shared, checkpoint_every=1, loggers=(), cache_bytes=1))
 
 
 def test_an_option_of_an_arm_is_its_own() -> None:
