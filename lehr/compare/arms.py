@@ -21,8 +21,8 @@ Interval = Literal["student", "percentile", "bca"]
 
 ARM_OPTIONS = (
     *(field.name for field in dataclasses.fields(PolicyOptions)),
-    "candidates", "target_batch", "warmup_select", "proj_rank", "mode", "precondition", "preconditioner", "alignment", "gram",
-    "batch_schedule", "selection_weights", "generation", "epochs", "order",
+    "candidates", "target_batch", "target_mode", "target_decay", "target_refresh", "targets", "warmup_select", "proj_rank", "mode",
+    "precondition", "alignment", "gram", "batch_schedule", "selection_weights", "generation", "epochs", "order",
 )  # fmt: skip
 """Options in which arms may differ, beside stream and policy: what is offered and chosen, not how the optimizer steps."""
 
