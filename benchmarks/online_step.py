@@ -1,10 +1,12 @@
 """An online step, in two passes and in one, against a plain AdamW step on the same candidates, in the same process.
 
     python benchmarks/online_step.py --out online_step.json
+    python benchmarks/online_step.py --keep 4 8 16 --ways one_pass_sketched two_pass
+    python benchmarks/online_step.py --model 135m --dtype bfloat16 --rounds 2
 
-A Llama of 34.6M parameters with random weights; 16 candidates and 4 target rows of 256 tokens, keep 8, float32, AdamW and
-clipping included. A ratio is the median over rounds of the quotients within a round, in wall time; with `_cpu` in processor time, which
-other work on the machine disturbs less.
+A Llama with random weights, of 34.6M parameters or of SmolLM2-135M's shape (tied); 16 candidates and 4 target rows of 256 tokens, keep 8,
+AdamW and clipping included. A ratio is the median over rounds of the quotients within a round, in wall time; with `_cpu` in processor
+time, which other work on the machine disturbs less; with `_over_kept` to a plain step on as many rows as are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,10 +42,16 @@ class Settings:
     """Candidates of a step."""
     target: int = 4
     """Target rows of a step."""
-    keep: int = 8
-    """Candidates that the step trains on."""
+    keep: tuple[int, ...] = (8,)
+    """Candidates that a step trains on; ratios of the second on are named after them."""
     tokens: int = 256
     """Tokens of every row."""
+    model: Literal["35m", "135m"] = "35m"
+    """34.6M parameters, or SmolLM2-135M's shape with embedding and head tied."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic; bfloat16 is autocast over float32 weights."""
+    ways: tuple[str, ...] = ()
+    """Ways to measure besides the plain steps; all where none is named."""
     out: Path | None = None
     """JSON file for the result; without it, it is printed."""
 
@@ -66,12 +74,29 @@ class KeepExactly(Policy):
         return dataclasses.replace(decision, kept=decision.kept + fill, weight_S=weight_S)
 
 
-def build() -> Any:
-    """A Llama of 34.6M parameters, untied, random weights."""
-    config = LlamaConfig(
-        vocab_size=16_512, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
-    )  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "35m": {
+        "vocab_size": 16_512, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+    "135m": {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+WAYS: dict[str, dict[str, Any]] = {
+    "two_pass": {"mode": "two-pass"},
+    "one_pass_sketched": {"mode": "one-pass", "precondition": "rank-one"},
+    "one_pass_exact_direction": {"mode": "one-pass", "precondition": "exact"},
+    "one_pass_exact_gram": {"mode": "one-pass", "precondition": "rank-one", "gram": "survivors"},
+    "one_pass_exact_b": {"mode": "one-pass", "alignment": "exact"},
+}
+
+
+def build(shape: str) -> Any:
+    """A Llama of one of the shapes, random weights."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1024)
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
@@ -86,24 +111,23 @@ def rows(count: int, tokens: int, vocabulary: int, generator: torch.Generator) -
 def measure(settings: Settings) -> dict[str, Any]:
     """Ratios, and the seconds of every step in every round."""
     torch.set_num_threads(settings.threads)
-    model = build()
+    model = build(settings.model)
     parameters = sum(p.numel() for p in model.parameters())
-    common.say(f"{parameters / 1e6:.1f}M parameters, {settings.threads} threads")
+    common.say(f"{parameters / 1e6:.1f}M parameters, {settings.threads} threads, {settings.dtype}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    shared: dict[str, Any] = {"batch_tokens": settings.candidates * settings.tokens, "dtype": "float32"}
+    shared: dict[str, Any] = {"batch_tokens": settings.candidates * settings.tokens, "dtype": settings.dtype}
     everything = slice(0, settings.candidates)
-
-    def stepping(mode: Any, precondition: Any) -> OnlineStep:
-        chosen = {"mode": mode, "precondition": precondition, "warmup_select": 1}
-        return OnlineStep(model, optimizer, KeepExactly(settings.keep), **chosen, **shared)
-
-    ways = {
-        "vanilla": (OnlineStep(model, optimizer, "full", **shared), everything),
-        "vanilla_kept": (OnlineStep(model, optimizer, "full", **shared), slice(0, settings.keep)),
-        "two_pass": (stepping("two-pass", "exact"), everything),
-        "one_pass_sketched": (stepping("one-pass", "rank-one"), everything),
-        "one_pass_exact_direction": (stepping("one-pass", "exact"), everything),
-    }
+    measured = settings.ways or tuple(WAYS)
+    plain = OnlineStep(model, optimizer, "full", **shared)
+    ways = {"vanilla": (plain, everything)}
+    bases: dict[str, str] = {}
+    for number, keep in enumerate(settings.keep):
+        suffix = f"_keep{keep}" if number else ""
+        ways[f"vanilla_kept{suffix}"] = plain, slice(0, keep)
+        for name in measured:
+            online = OnlineStep(model, optimizer, KeepExactly(keep), warmup_select=1, **WAYS[name], **shared)
+            ways[f"{name}{suffix}"] = online, everything
+            bases[f"{name}{suffix}"] = f"vanilla_kept{suffix}"
 
     def way(online: OnlineStep, offered: slice) -> Callable[[], common.Record]:
         generator = torch.Generator().manual_seed(0)  # every way is offered the same rows in the same round
@@ -121,10 +145,11 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     rounds = common.interleaved({name: way(*given) for name, given in ways.items()}, settings.rounds)
     ratios = {}
-    for name in ("two_pass", "one_pass_sketched", "one_pass_exact_direction"):
-        for base, suffix in (("vanilla", ""), ("vanilla_kept", "_over_kept")):
+    for name, kept in bases.items():
+        for base, suffix in (("vanilla", ""), (kept, "_over_kept")):
             ratios[f"{name}{suffix}"] = common.ratio(rounds, name, base, "wall_s")
             ratios[f"{name}{suffix}_cpu"] = common.ratio(rounds, name, base)
+            common.say(f"{name} to {base}: {ratios[f'{name}{suffix}_cpu']:.3f} in CPU time")
     return {
         "ratios": ratios,
         "rounds": rounds,

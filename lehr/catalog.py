@@ -16,6 +16,8 @@ from schemas.tables import schema_names
 
 FLOW = ("plan", "scoring", "target", "keep", "score", "curvature", "select", "export", "train")
 """Stages in the order in which a corpus goes through them."""
+OPTIONAL = ("keep",)
+"""Of them, those that a finished run may lack."""
 
 JOURNAL = ("steps", "decisions", "evals", "timings")
 

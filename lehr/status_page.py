@@ -7,7 +7,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lehr.catalog import FLOW
+from lehr.catalog import FLOW, OPTIONAL
 from lehr.console import duration, size
 from lehr.rendering import visible
 from lehr.status import RunStatus, ScoringStatus, WorkerStatus
@@ -81,7 +81,7 @@ def status_page(status: RunStatus) -> RenderableType:
         table.add_row(done.stage, visible(done.name), f"{done.parts:,}", f"{done.rows:,}", size(done.bytes))
     parts.append(table)
     finished = {stage.stage for stage in status.stages}
-    missing = [stage for stage in FLOW if stage not in finished]
+    missing = [stage for stage in FLOW if stage not in finished and stage not in OPTIONAL]
     if missing:
         parts.append(Text(f"not yet: {', '.join(missing)}", style="dim"))
     for problem in status.problems:

@@ -18,7 +18,7 @@ from pipelines.geometry import read_target
 from pipelines.options import Execution, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results, results_url
-from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
+from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.scorer import load_encoder
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete, SourceChanged
@@ -138,7 +138,6 @@ class _ReadSelected(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
-        end_with_supervisor()
         settings = self._settings
         self._reader = self._shared.acquire(lambda: _UnitReader(settings))
 

@@ -12,13 +12,13 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.engines.base import Job, explained, in_thread
-from pipelines.engines.local import Processes, end_with_supervisor, pool_address, supervise
+from pipelines.engines.local import Processes, pool_address, supervise
 from pipelines.options import Execution
 from schemas.errors import InputError
 from schemas.run import Run
 from schemas.storage import is_local
 
-__all__ = ["Job", "default_workers", "end_with_supervisor", "explained", "model_hints", "refuse_unreachable", "run_job"]
+__all__ = ["Job", "default_workers", "explained", "model_hints", "refuse_unreachable", "run_job"]
 
 
 def default_workers(model_bytes: int) -> int:

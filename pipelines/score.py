@@ -24,7 +24,7 @@ from pipelines.keep import settle_keep
 from pipelines.options import Execution, Keep, ScoringOptions
 from pipelines.readers import read_unit
 from pipelines.results import GatherResults, read_results, results_url
-from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
+from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.scorer import SampleScorer, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from schemas.errors import CorruptFile, InputError, LehrError, RunIncomplete
@@ -163,7 +163,8 @@ class UnitScorer:
             features=pa.table(scored_columns(scored, schema), schema=schema),
             rejects=rejects_table([*refused, *scored.rejects]),
             tokens=int(scored.tokens_N.sum()),
-            notes={"batch_halvings": scored.batch_halvings},
+            # What reading and encoding gave, so that `lehr verify` sees what was lost behind them.
+            notes={"batch_halvings": scored.batch_halvings, "windows": len(samples) + len(refused)},
         )
 
     def _curvature_place(self, unit: WorkUnit, target: str, features: Part) -> tuple[str, dict[str, str]]:
@@ -253,7 +254,6 @@ class ScoreUnit(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
-        end_with_supervisor()
         settings = self._settings
         self._scorer = self._shared.acquire(lambda: UnitScorer(settings))
 

@@ -18,7 +18,6 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.candidates import candidate_set, with_curvature
 from pipelines.geometry import TargetData, read_target
-from pipelines.runners import end_with_supervisor
 from schemas.parquet import Part, decode_table, decode_vectors, part_buffer, read_columns
 from schemas.run import Run
 from schemas.spec import FeatureSpec
@@ -315,7 +314,6 @@ class TaskStep(beam.DoFn):
         self._task, self._shared = task, shared
 
     def setup(self) -> None:
-        end_with_supervisor()
         torch.set_num_threads(1)
         task = self._task
         self._context: SelectionContext = self._shared.acquire(lambda: SelectionContext(task))

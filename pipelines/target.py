@@ -23,7 +23,7 @@ from pipelines.geometry import full_sketches, write_spectrum
 from pipelines.keep import no_columns
 from pipelines.options import Execution, ScoringOptions, TargetOptions
 from pipelines.results import GatherResults, read_results, results_url
-from pipelines.runners import end_with_supervisor, model_hints, refuse_unreachable, run_job
+from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.scorer import SampleScorer, Scored, load_encoder, scored_columns
 from pipelines.scoring import ModelLocation, scoring_spec
 from pipelines.target_data import read_parts, refuse_overlap
@@ -140,7 +140,6 @@ class _ScoreChunk(beam.DoFn):
         self._shared = shared
 
     def setup(self) -> None:
-        end_with_supervisor()
         settings = self._settings
         self._scorer = self._shared.acquire(lambda: _ChunkScorer(settings))
 

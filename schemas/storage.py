@@ -64,7 +64,7 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(url, *parts)
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | bytearray) -> str:
     """Hex SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 

@@ -29,6 +29,7 @@ PICKLED_FILE = "optimizer.pt"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MUON_MOMENTS = ("momentum_buffer",)
 
 _WAYS = f"name a checkpoint folder, an {PICKLED_FILE} or an {OPTIMIZER_FILE}"
 

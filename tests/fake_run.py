@@ -205,8 +205,8 @@ class _Builder:
             "path": unit.path,
             "row": row,
             "window": window,
-            "char_start": 0,
-            "char_end": len(text),
+            "char_start": window * len(text),
+            "char_end": (window + 1) * len(text),
             "domain": domain,
             "extra": "{}",
             "preview": text[:200],
@@ -232,7 +232,8 @@ class _Builder:
                 ("rejects", rows_to_table("rejects", rejects)),
             ):
                 path = getattr(self.run, f"{schema}_path")(scoring, unit.unit_id)
-                footer = Footer(schema=schema, spec=spec.fingerprint, inputs={"unit": unit.unit_id})
+                notes = {"windows": len(rows) + len(rejects)} if schema == "features" else {}
+                footer = Footer(schema=schema, spec=spec.fingerprint, inputs={"unit": unit.unit_id}, notes=notes)
                 parts[schema].append(write_table(self.run.url, path, table, footer))
         self.manifest(
             Manifest(

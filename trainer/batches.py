@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from schemas.spec import BatchLayout
 from selection_ops.batching import Batch, collate, length_batches
 from selection_ops.encoding import Encoded
 from trainer.parallel import OneProcess
@@ -26,8 +27,9 @@ class StepBatches:
         device: torch.device,
         processes: OneProcess | None = None,
         even: bool = False,
+        layout: BatchLayout = "padded",
     ) -> None:
-        self._batch_tokens, self._device = batch_tokens, device
+        self._batch_tokens, self._device, self._layout = batch_tokens, device, layout
         self._processes, self._even = processes or OneProcess(), even
         self._autocast = dtype == "bfloat16"
         self._computed = self._real = 0
@@ -52,20 +54,20 @@ class StepBatches:
         cut = [
             [
                 [share[place] for place in places]
-                for places in length_batches([lengths[i] for i in share], self._batch_tokens)
+                for places in length_batches([lengths[i] for i in share], self._batch_tokens, self._layout)
             ]
             for share in self._processes.shares(lengths)
         ]
         own = cut[self._processes.index]
         for indices in own:
             chosen = [items[index] for index in indices]
-            batch = collate(chosen, device=self._device)
+            batch = collate(chosen, device=self._device, layout=self._layout)
             self._computed += batch.ids_BT.numel()
             self._real += sum(len(item.ids) for item in chosen)
             yield indices, batch
         missing = max(len(batches) for batches in cut) - len(own)
         if self._even and missing:
-            filler = collate([min(items, key=lambda item: len(item.ids))], device=self._device)
+            filler = collate([min(items, key=lambda item: len(item.ids))], device=self._device, layout=self._layout)
             for _ in range(missing):
                 self._computed += filler.ids_BT.numel()
                 yield [], filler

@@ -33,12 +33,14 @@ from selection_ops.model import causal_model, quiet
 from selection_ops.optimizer_state import (
     MANIFEST_FILE,
     MOMENTS,
+    MUON_MOMENTS,
     OPTIMIZER_FILE,
     STATE_FILE,
     file_sha256,
     read_tensors,
 )
 from trainer.lora import is_wrapped, load_adapter
+from trainer.optimizers import AnyOptimizer
 from trainer.sharding import laid_like, whole
 from trainer.trainee import Trainee
 
@@ -77,12 +79,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: AnyOptimizer, *, keep: bool = True) -> dict[str, Tensor]:
     """Moments and step counts by `parameter name:moment`, whole and on the CPU; asked for by all processes, of which one may `keep` them."""
     tensors = {}
     for name, parameter in causal_model(model).named_parameters():
         state = optimizer.state.get(parameter)
-        for moment in MOMENTS:
+        for moment in (*MOMENTS, *MUON_MOMENTS):
             if state and moment in state:
                 value = whole(torch.as_tensor(state[moment]).detach())
                 if keep:
@@ -91,15 +93,16 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, *, kee
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: str
+    model: nn.Module, optimizer: AnyOptimizer, tensors: Mapping[str, Tensor], where: str
 ) -> None:
     """Put moments into the optimizer. Raises `InputError` naming a parameter that is missing, unknown or of another shape."""
-    left = {name for name in tensors if name.split(":")[-1] in MOMENTS}
+    left = {name for name in tensors if name.split(":")[-1] in (*MOMENTS, *MUON_MOMENTS)}
+    turned = {id(p) for group in optimizer.param_groups if "ns_steps" in group for p in group["params"]}
     for name, parameter in causal_model(model).named_parameters():
         if not parameter.requires_grad:
             continue
         state: dict[str, Tensor] = {}
-        for moment in MOMENTS:
+        for moment in MUON_MOMENTS if id(parameter) in turned else MOMENTS:
             key = f"{name}:{moment}"
             if key not in tensors:
                 raise InputError(f"{where} holds no {moment} of parameter {name}; it belongs to another model")

@@ -136,6 +136,7 @@ class _Training:
             alignment=settings.alignment,  # type: ignore[arg-type]
             reference_model=ready.reference,
             layout=ready.layout,
+            batch_layout=ready.batch_layout,
             oracle_every=settings.oracle_every,
             oracle_draws=settings.oracle_draws,
             target_decay=settings.target_decay if settings.target_mode == "ema" else 0.0,
@@ -148,6 +149,7 @@ class _Training:
             device=self.device,
             processes=processes,
             even=ready.layout.even,
+            layout=ready.batch_layout,
         )
         self.averages = Averages(ready.trainee, ema_decay=settings.ema_decay, tail=settings.average_tail)
         self.state = TrainerState(
@@ -393,6 +395,11 @@ class _Training:
             self.state, journal=(*self.state.journal, *self.journal.cut()), averaged=self.averages.counts
         )
         ready = self.ready
+        if ready.layout.align(ready.optimizer):
+            log.warning(
+                "step %d: the processes no longer held the same weights (their processors round differently); all go on from those of process 0",
+                self.state.step,
+            )
         weights, moments = ready.layout.gathered(), None
         if self.settings.final_optimizer or not self.state.ended:
             moments = optimizer_tensors(ready.model, ready.optimizer, keep=self.processes.leads)

@@ -1,4 +1,4 @@
-"""How a step that compares forms its gradient: in one pass where the model allows it and memory holds the factors, or in two."""
+"""How a step is computed, where the model decides what is possible: in one pass or in two, over padded batches or packed ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import torch
 from torch import nn
 
 from schemas.errors import InputError
+from schemas.spec import BatchLayout
+from selection_ops.engine import GradientEngine
 from selection_ops.model import causal_model
+from selection_ops.packing import packing_refusal
 from selection_ops.sites import MatrixParameter, search
 
 Mode = Literal["one-pass", "two-pass"]
+SKIPS_FOREIGN_SAMPLES = ("flash", "flex")
+"""Beginnings of the names of attentions that do not compute what a mask of blocks would throw away."""
 
 
 def one_pass_refusal(model: Any) -> str:
@@ -80,3 +85,21 @@ def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates:
             f"one pass would hold up to {needed / 1e9:.1f} GB of factors, more than a quarter of {whole / 1e9:.1f} GB"
         )
     return ("two-pass", refusal) if refusal else ("one-pass", f"the model allows it; {holds}")
+
+
+def choose_layout(asked: str, model: Any, attention: str, mode: Mode) -> tuple[BatchLayout, str]:
+    """How the samples of a batch lie, and why: as asked for, or by `auto` packed where attention skips what lies between samples.
+
+    Raises `InputError` where packing was asked for and the model does not keep packed samples apart.
+    """
+    if asked == "padded":
+        return "padded", "asked for"
+    if asked == "auto" and not attention.startswith(SKIPS_FOREIGN_SAMPLES):
+        return "padded", f"{attention} attention computes all of a packed row and masks most of it"
+    refusal = packing_refusal(GradientEngine(model, proj_rank=4, k=0, seed=0, hold=mode == "one-pass"))
+    if refusal and asked == "packed":
+        raise InputError(
+            f"{type(causal_model(model)).__name__} ({attention} attention) cannot be trained with the layout packed: {refusal}. "
+            "Use layout padded or auto"
+        )
+    return ("padded", refusal) if refusal else ("packed", "the model keeps samples apart")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from schemas.errors import InputError
 from selection_ops.model import causal_model
 from selection_ops.sites import search
 
@@ -93,9 +94,13 @@ def muon(
     """
     names = {site.parameter for site in search(model).matrices if site.blocks}
     named = dict(causal_model(model).named_parameters())
-    inside = {named[name] for name in names if named[name].dim() == 2}
-    hidden = [p for p in model.parameters() if p.requires_grad and p in inside]
-    rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    inside = {id(named[name]) for name in names if named[name].dim() == 2}
+    hidden = [p for p in model.parameters() if p.requires_grad and id(p) in inside]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    if not hidden:
+        raise InputError(
+            f"{type(model).__name__} trains no two-dimensional matrix of its blocks, which Muon is for; use optimizer adamw"
+        )
     parts: list[torch.optim.Optimizer] = [
         torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     ]

@@ -101,9 +101,10 @@ class TrainSettings:
     """Folder, URL or hub id of the model whose losses policy `rho` subtracts: one trained on held-out text like the target."""
     proj_rank: int = 16
     """Rank of the projection on each side of a site, for the sketches that a step compares."""
-    mode: str = "two-pass"
+    mode: str = "auto"
     """How a step that compares forms its gradient: `two-pass` (forward and backward again over the kept), `one-pass` (from what the
-    candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where model and memory allow it)."""
+    candidates' backward had, held in memory; less time where the model allows it), or `auto` (one pass where the model allows it and what it
+    would hold is a quarter of the memory at most; printed, and kept when the training is resumed)."""
     preconditioner: str = "auto"
     """What P is: `auto` (the optimizer's own), `adamw` (from the second moment), `muon` (from the momentum), `scalar` (one number a
     parameter), `less` (Adam's step for one sample alone), `none` (1)."""
@@ -165,8 +166,10 @@ class TrainSettings:
     """Share of the scheduled rate that the warm-up starts from."""
     rewarm: bool = False
     """Start the warm-up at the learning rate that the training of `start_from` had reached."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: torch's Muon over the matrices of the blocks, its steps scaled to those of AdamW, and AdamW over the rest."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, of parameters with at least two dimensions."""
+    """Decoupled weight decay of parameters with at least two dimensions."""
     beta1: float = 0.9
     """Decay of AdamW's first moment."""
     beta2: float = 0.999
@@ -194,7 +197,13 @@ class TrainSettings:
     attention: str = ""
     """Attention implementation of transformers; by default the fastest on this hardware."""
     batch_tokens: int = 4096
-    """Bound of longest x count of the batches that a step is computed in; bounds memory, not the step."""
+    """Bound of longest x count of the batches that a step is computed in (of their tokens where packed); bounds memory, not the step."""
+    activation_checkpointing: bool = False
+    """Make the activations of the blocks again in backward instead of keeping them: less memory, a forward pass more over what is trained
+    on, the same bits. Then a step takes two passes."""
+    layout: str = "auto"
+    """How the samples of a batch lie: `padded`, a row each, `packed`, one behind another in a row without padding, where the model keeps
+    them apart, which is tried first, or `auto` (packed where attention skips what lies between samples: flash, flex)."""
 
     # Places, cadences and devices: mostly execution.
 
@@ -264,6 +273,8 @@ class TrainSettings:
             raise InputError(f"unknown schedule_norm {self.schedule_norm!r}: choose one of {', '.join(NORMS)}")
         if not 0 <= self.schedule_smoothing <= 1:
             raise InputError(f"schedule_smoothing must lie in [0, 1], not {self.schedule_smoothing}")
+        if self.layout not in ("auto", "padded", "packed"):
+            raise InputError(f"unknown layout {self.layout!r}: choose one of auto, padded, packed")
         if self.target_mode not in ("redrawn", "fixed", "ema"):
             raise InputError(f"unknown value {self.target_mode!r} of target_mode: choose one of redrawn, fixed, ema")
         if not 0 < self.target_decay < 1:
@@ -293,6 +304,8 @@ class TrainSettings:
             raise InputError(f"unknown value {self.shard!r} of shard: choose one of none, fsdp2")
         if self.shard == "fsdp2" and self.mode == "one-pass":
             raise InputError("shard fsdp2 and mode one-pass exclude each other: use mode two-pass, or shard none")
+        if self.shard == "fsdp2" and self.optimizer == "muon":
+            raise InputError("Muon steps whole matrices, and shard fsdp2 has none: use optimizer adamw, or shard none")
         if self.shard == "fsdp2" and (self.ema_decay or self.average_tail):
             raise InputError(
                 "shard fsdp2 keeps no averages of the weights: leave ema_decay and average_tail out, or use shard none"
@@ -363,6 +376,7 @@ EXECUTION = frozenset(
         "merge",
         "device",
         "shard",
+        "activation_checkpointing",
         "process_timeout",
         "cache_bytes",
         "cache_dir",
@@ -381,6 +395,7 @@ _KNOWN = {
     "preconditioner": ("auto", "adamw", "muon", "scalar", "none", "less"),
     "alignment": ("sketched", "exact"),
     "gram": ("sketched", "survivors", "exact"),
+    "optimizer": ("adamw", "muon"),
 }
 
 _AT_LEAST = {

@@ -48,6 +48,13 @@ class WholeModel:
         """Replace every gradient by the sum over processes."""
         self.processes.sum_gradients(parameters)
 
+    def align(self, optimizer: Any) -> bool:
+        """Give every process the weights and moments of process 0 where they have drifted apart; returns whether they had."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = [optimizer.state.get(parameter) or {} for parameter in parameters]
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
+        return self.processes.align([*parameters, *moments])
+
     def gathered(self) -> dict[str, Tensor] | None:
         """Weights for a checkpoint, where they are not what the model's own state holds; asked for by all processes."""
         return None
@@ -124,6 +131,10 @@ class ShardedModel(WholeModel):
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """They are."""
+
+    def align(self, optimizer: Any) -> bool:
+        """No two processes hold the same."""
+        return False
 
     def gathered(self) -> dict[str, Tensor] | None:
         """See `WholeModel.gathered`: whole, on the CPU of process 0; elsewhere empty. Tied parameters are one tensor."""

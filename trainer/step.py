@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import InputError, LehrError
-from schemas.spec import PROJECTION_VERSION
+from schemas.spec import PROJECTION_VERSION, BatchLayout
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
 from selection_ops.exact_gram import exact_gram
@@ -87,13 +87,15 @@ class OnlineStep:
         alignment: Alignment = "sketched",
         reference_model: Any = None,
         layout: WholeModel | None = None,
+        batch_layout: BatchLayout = "padded",
         oracle_every: int = 0,
         oracle_draws: int = 8,
         target_decay: float = 0.0,
         target_refresh: int = 1,
         targets: Several = "together",
     ) -> None:
-        """`layout` says which processes train together and where the model lies; one process and all of it if left out."""
+        """`layout` says which processes train together and where the model lies; one process and all of it if left out. `batch_layout`
+        packed is for models that keep packed samples apart (`trainer.modes.choose_layout`)."""
         self.model, self.optimizer = model, optimizer
         self.layout = layout or WholeModel(model)
         self._processes = processes = self.layout.processes
@@ -110,8 +112,9 @@ class OnlineStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._batches = StepBatches(
-            batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes, even=self.layout.even
-        )
+            batch_tokens=batch_tokens, dtype=dtype, device=self._device, processes=processes, even=self.layout.even,
+            layout=batch_layout,
+        )  # fmt: skip
         self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
         self._target: TargetMemory | None = None

@@ -56,8 +56,12 @@ class TargetPass:
         """With `exact` the direction is the whole gradient."""
         self._layout, self._engine, self._preconditioner, self._exact = layout, engine, preconditioner, exact
         self._processes = layout.processes
-        self._proj_rank, self._seed = proj_rank, seed
-        self._sketching: GradientEngine | None = None
+        # Made here: finding the sites runs the model, which a step must not do more often than it says.
+        self._sketching = (
+            None
+            if exact
+            else layout.engine(engine.input_groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION)
+        )
         self._weights: dict[str, nn.Parameter] = {
             site.parameter: causal_model(layout.model).get_parameter(site.parameter) for site in engine.matrix_sites
         }
@@ -116,15 +120,8 @@ class TargetPass:
 
     def _sketched(self, metric: Metric, target: Sequence[Encoded], batches: StepBatches) -> TargetDirection:
         """Through projections that P is folded into: no gradient of the target is formed."""
-        if self._sketching is None:
-            self._sketching = self._layout.engine(
-                self._engine.input_groups,
-                proj_rank=self._proj_rank,
-                k=0,
-                seed=self._seed,
-                version=PROJECTION_VERSION,
-            )
         engine = self._sketching
+        assert engine is not None
         engine.precondition(self._preconditioner.of_power(metric.target_power, folded=True))
         tokens, total = sum(sum(item.loss_mask) for item in target), 0.0
         weight = next(iter(self._weights.values()))

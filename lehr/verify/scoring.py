@@ -11,11 +11,12 @@ import pyarrow as pa
 from lehr.verify.files import Manifests
 from lehr.verify.findings import Check
 from schemas.ids import sample_id
-from schemas.parquet import read_table
+from schemas.parquet import read_footer, read_table
 from schemas.run import Run
 from schemas.units import Plan, WorkUnit
 
 _PLACE = ("path", "row", "window")
+_CHARACTERS = ("char_start", "char_end")
 
 
 def check_plan(plan: Plan) -> Check:
@@ -105,9 +106,10 @@ def _check_rows(
 
 
 def _check_unit_rows(run: Run, unit: WorkUnit, features: str, rejects: str, check: Check) -> None:
-    samples = read_table(run.path(features), schema="features", columns=("sample_id", *_PLACE))
+    columns = ("sample_id", *_PLACE, *_CHARACTERS)
+    samples = read_table(run.path(features), schema="features", columns=columns)
     refused = read_table(run.path(rejects), schema="rejects", columns=_PLACE)
-    scored, rejected = _windows(samples), _windows(refused)
+    scored, rejected, known = _windows(samples), _windows(refused), len(check.problems)
     wanted = {(unit.path, row) for row in range(unit.row_start, unit.row_start + unit.row_count)}
     check.count += len(wanted)
     for table, url in ((scored, run.path(features)), (rejected, run.path(rejects))):
@@ -129,9 +131,29 @@ def _check_unit_rows(run: Run, unit: WorkUnit, features: str, rejects: str, chec
             check.fail(
                 f"{run.path(features)}: windows {gap} of {path} row {row} are neither in features nor in rejects"
             )
+    _check_tiling(samples, run.path(features), check)
     for identity, path, row, window in zip(*(samples[name].to_pylist() for name in ("sample_id", *_PLACE))):
         if identity != sample_id(run.corpus, path, row, window):
             check.fail(f"{run.path(features)}: sample_id {identity} is not that of {path} row {row} window {window}")
+    made = read_footer(run.path(features))[0].notes.get("windows")
+    # What is missing at the end of a document has no name; what has one is named already.
+    if len(check.problems) == known and made is not None and made != samples.num_rows + refused.num_rows:
+        check.fail(
+            f"{run.path(features)}: {made} rows and windows of {unit.path} were read, {samples.num_rows} are in features and "
+            f"{refused.num_rows} in rejects"
+        )
+
+
+def _check_tiling(samples: pa.Table, url: str, check: Check) -> None:
+    """Windows of a document follow one another character by character."""
+    places = {
+        (path, row, window): (start, end)
+        for path, row, window, start, end in zip(*(samples[name].to_pylist() for name in (*_PLACE, *_CHARACTERS)))
+    }
+    for (path, row, window), (start, end) in places.items():
+        before = places.get((path, row, window - 1)) if window else (0, 0)
+        if end <= start or (before is not None and before[1] != start):
+            check.fail(f"{url}: window {window} of {path} row {row} does not begin where the one before it ends")
 
 
 def _check_curvature(run: Run, name: str, features: dict[str, str], curvature: dict[str, str]) -> Check:

@@ -6,31 +6,40 @@ soon as it hears of such a loss; its parent starts another for as long as work g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
-import functools
 import logging
 import multiprocessing
 import os
+import shlex
+import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PortableOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import ExternalEnvironment
+from apache_beam.transforms.environments import Environment, ExternalEnvironment, SubprocessSDKEnvironment
 
+from pipelines.engines import worker
 from pipelines.engines.base import TICK_S, Job, explained, pipeline_options
+from pipelines.engines.worker import LOCK, WORKER_LOST
 from schemas.errors import InputError, LehrError, RunIncomplete
 
 log = logging.getLogger(__name__)
 
-WORKER_LOST = 75
-LOCK = "LEHR_SUPERVISOR_LOCK"
+FOLDER_PREFIX = "lehr-workers-"
+_OWNER = "owner"
+"""A file of the folder that its command holds a lock on."""
+_SETTLED_S = 60.0
+"""A folder is this old before its lock says anything: a command makes it, then locks it."""
 _MAX_FRUITLESS = 2
 _POOL_START_S = 120.0
 _POOL_END_S = 10.0
@@ -50,17 +59,28 @@ class Processes:
     def run(self, job: Job) -> None:
         """Run the job to its end; for several workers only in a process that may end itself."""
         options = list(self.beam_options)
-        environment = None
+        environment: Environment | None = None
         if self.pool:
             environment = ExternalEnvironment(self.pool)
-            options.append(f"--direct_num_workers={self.workers}")
         elif self.workers > 1:
-            options += ["--direct_running_mode=multi_processing", f"--direct_num_workers={self.workers}"]
+            environment = SubprocessSDKEnvironment.from_command_string(_worker_command())
+        if environment is not None:
+            options.append(f"--direct_num_workers={self.workers}")
         pipeline = beam.Pipeline(
             runner=FnApiRunner(default_environment=environment), options=pipeline_options(*options)
         )
         job.build(pipeline)
         pipeline.run().wait_until_finish()
+
+
+def _worker_command() -> str:
+    """The shell command that becomes a worker, of this very Lehr: folders named as its rooms may lie where the command was given."""
+    root = str(Path(worker.__file__).parents[2])
+    code = (
+        f"import sys; sys.path[:0] = [path for path in [{root!r}] if path not in sys.path]; "
+        f"from {worker.__name__} import main; main()"
+    )
+    return f"exec {shlex.quote(sys.executable)} -P -c {shlex.quote(code)}"
 
 
 def pool_address(beam_options: tuple[str, ...]) -> str:
@@ -90,7 +110,7 @@ def supervise(job: Job, processes: Processes, finished: Callable[[], int], tick:
     # A child that ends itself leaves semaphores to the resource tracker, which then says so although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     fruitless, before = 0, finished()
-    with tempfile.TemporaryDirectory(prefix="lehr-workers-") as folder:
+    with _own_folder() as folder:
         log_path = os.path.join(folder, "log")
         while (status := _attempt(job, processes, log_path, tick)) != 0:
             if processes.pool:
@@ -104,6 +124,33 @@ def supervise(job: Job, processes: Processes, finished: Callable[[], int], tick:
                 )
             log.warning("a worker process was lost; %d units stand, starting again", after)
             before = after
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A temporary folder of this command's own; those that killed commands have left are deleted."""
+    _sweep_folders()
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder:
+        owner = os.open(os.path.join(folder, _OWNER), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(owner)
+
+
+def _sweep_folders() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        # Another user's, or one that its owner is deleting.
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _SETTLED_S:
+                continue
+            owner = os.open(folder / _OWNER, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(owner)
 
 
 def _still_there(processes: Processes) -> None:
@@ -200,24 +247,3 @@ def _end_with_first_worker(workers: int) -> None:
         time.sleep(TICK_S)
     time.sleep(_POOL_END_S)  # at the end of a job, too, workers go; then this process ends by itself
     os._exit(WORKER_LOST)
-
-
-@functools.cache
-def end_with_supervisor() -> None:
-    """End this worker process as soon as its supervisor has ended; does nothing where there is none.
-
-    Beam's workers finish their bundle first, which may be hours of work for nobody, on a device that the next attempt
-    needs. The supervisor holds a lock for as long as it lives: the kernel takes it from a process however it died.
-    """
-    path = os.environ.get(LOCK)
-    if not path:
-        return
-
-    def follow() -> None:
-        try:
-            fcntl.flock(os.open(path, os.O_RDWR), fcntl.LOCK_SH)
-        except FileNotFoundError:
-            log.info("the supervisor has ended and tidied up")
-        os._exit(WORKER_LOST)
-
-    threading.Thread(target=follow, name="lehr-supervisor", daemon=True).start()

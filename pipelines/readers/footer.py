@@ -12,6 +12,7 @@ from typing import Any
 
 _MAX_DEPTH = 32
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_BYTE_ARRAY = 6
 _DICTIONARIES = {2, 8}
 """Encodings PLAIN_DICTIONARY and RLE_DICTIONARY."""
 
@@ -27,6 +28,12 @@ class Chunk:
     """Bytes of its strings: exact where the writer noted them, else the uncompressed size of its pages."""
     shared: bool
     """Whether repeated strings may be counted once, the writer having noted no exact size."""
+    page_bytes: int = 0
+    """Uncompressed size of its pages."""
+    stored_bytes: int = 0
+    """Their size in the file."""
+    text_once: bool = False
+    """Whether its values are strings, and repeated ones may stand in it once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +139,15 @@ def _chunk(fields: Any) -> Chunk:
     exact = _get(_get(meta, 16, dict, {}), 1, int, -1)
     if values < 0 or size < 0:
         raise ValueError("the footer holds a negative size")
+    dictionary = bool(_DICTIONARIES & {code for code in _get(meta, 2, list) if isinstance(code, int)})
     return Chunk(
         path=tuple(part.decode("utf-8") for part in _get(meta, 3, list) if isinstance(part, bytes)),
         values=values,
         text_bytes=exact if exact >= 0 else size,
-        shared=exact < 0 and bool(_DICTIONARIES & {code for code in _get(meta, 2, list) if isinstance(code, int)}),
+        shared=exact < 0 and dictionary,
+        page_bytes=size,
+        stored_bytes=_get(meta, 7, int, 0),
+        text_once=dictionary and _get(meta, 1, int, -1) == _BYTE_ARRAY,
     )
 
 

@@ -14,7 +14,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.readers.base import LOGGER, Item, Warn, build_row, check_columns, read_reject, reader
@@ -33,6 +35,12 @@ _MEASURED_ROWS = 64
 _SHARED_BYTES = 16 << 20
 """What a batch of a column whose repeated texts the file holds once may come to, if every row were all of it."""
 _BUFFER_BYTES = 1 << 20
+_BOMB_BYTES = 256 << 20
+_BOMB_RATIO = 250
+"""Text compresses three to ten times. Pages of a column that come to more than so many bytes, and to so many times what the file
+holds of them, are not decoded: a page stands in memory whole."""
+_ELEMENT_BYTES = 8
+"""What an element of a list counts, beside its text, where a row's size is bounded."""
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 
 
@@ -62,7 +70,7 @@ class ParquetReader:
 
         names = _body(spec)
         try:
-            opened = _open(source, footer)
+            opened = _open(source, footer, names)
         except _DAMAGE as error:
             warn(f"{source.url} is not a readable Parquet file ({_short(error)}); it is listed as one reject")
             yield unit(0, 1, 0.0)
@@ -146,17 +154,28 @@ class _File:
     groups: tuple[RowGroup, ...]
 
 
-def _open(source: Source, footer: bytes) -> _File:
-    """The file, after its footer was decoded; raises one of `_DAMAGE`."""
+def _open(source: Source, footer: bytes, names: tuple[str, ...]) -> _File:
+    """The file, after its footer was decoded; raises one of `_DAMAGE`.
+
+    Texts inside lists of the columns `names`, where the file holds repeated ones once, are read so too: a list can repeat one
+    millions of times.
+    """
     if not source.size:
         raise ValueError("the file is empty")
+    groups = decode_footer(footer) if footer else ()
+    once = {
+        ".".join(chunk.path)
+        for group in groups
+        for chunk in group.chunks
+        if chunk.text_once and len(chunk.path) > 1 and chunk.path[0] in names
+    }
     file = pq.ParquetFile(
         pa.PythonFile(source.open(), mode="r"),
         page_checksum_verification=True,
         buffer_size=_BUFFER_BYTES,
         pre_buffer=False,
+        read_dictionary=sorted(once) or None,
     )
-    groups = decode_footer(footer)
     if [group.rows for group in groups] != [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]:
         raise ValueError("the footer contradicts itself about the number of rows")
     return _File(file, file.schema_arrow, groups)
@@ -207,10 +226,10 @@ def _row_bytes(opened: _File, group: int, names: tuple[str, ...]) -> float:
     if any(chunk.shared for chunk in chunks):
         rows = min(_MEASURED_ROWS, _safe_rows(opened, group, names))
         try:
+            _refuse_bomb(opened, group, names)
             first = opened.file.iter_batches(rows, row_groups=[group], columns=list(names), use_threads=False)
             batch = next(first)
-            values = (value for column in batch.columns for value in column.to_pylist())
-            mean = max(mean, sum(map(_text_bytes, values)) / len(batch))
+            mean = max(mean, sum(map(_column_bytes, batch.columns)) / len(batch))
         except (*_DAMAGE, ImportError, StopIteration, ZeroDivisionError):
             LOGGER.debug("row group %d: its first rows cannot be measured", group)
     return max(1.0, mean)
@@ -224,6 +243,52 @@ def _safe_rows(opened: _File, group: int, names: tuple[str, ...]) -> int:
     chunks = [chunk for chunk in opened.groups[group].chunks if chunk.path and chunk.path[0] in names]
     largest = max((chunk.text_bytes for chunk in chunks if chunk.shared), default=0)
     return max(1, _SHARED_BYTES // max(1, largest))
+
+
+def _refuse_bomb(opened: _File, group: int, names: tuple[str, ...]) -> None:
+    for chunk in opened.groups[group].chunks:
+        large = chunk.page_bytes > max(_BOMB_BYTES, _BOMB_RATIO * chunk.stored_bytes)
+        if large and chunk.path and chunk.path[0] in names:
+            raise ValueError(
+                f"column {'.'.join(chunk.path)!r}: {chunk.stored_bytes:,} bytes of the file stand for {chunk.page_bytes:,}; "
+                "write it with smaller row groups if that is meant"
+            )
+
+
+def _nested_bytes(column: pa.Array) -> np.ndarray | None:
+    """Bytes of text of every row of a column of lists or structures, and some for each element; None for other columns.
+
+    Nothing is expanded: of a text that is held once the length is taken as often as it is repeated.
+    """
+    kind = column.type
+    return (
+        _bytes_of(column)
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_struct(kind)
+        else None
+    )
+
+
+def _bytes_of(column: pa.Array) -> np.ndarray:
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        ends = np.concatenate([[0], np.cumsum(_bytes_of(column.values) + _ELEMENT_BYTES)])
+        offsets = column.offsets.to_numpy()
+        return ends[offsets[1:]] - ends[offsets[:-1]]
+    if pa.types.is_struct(kind):
+        return sum((_bytes_of(field) for field in column.flatten()), np.zeros(len(column), np.int64))
+    if pa.types.is_dictionary(kind):
+        sizes = np.append(_bytes_of(column.dictionary), 0)
+        return sizes[column.indices.fill_null(len(sizes) - 1).to_numpy()]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        return pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
+    return np.zeros(len(column), np.int64)
+
+
+def _column_bytes(column: pa.Array) -> int:
+    """Bytes of text of a column; of lists those of role and content, unless there are too many to look at each."""
+    sizes = _nested_bytes(column)
+    total = 0 if sizes is None else int(sizes.sum())
+    return total if total > _SHARED_BYTES else sum(map(_text_bytes, column.to_pylist()))
 
 
 def _text_bytes(value: Any) -> int:
@@ -271,7 +336,7 @@ _OPEN = threading.local()
 def _records(source: Source, footer: bytes, unit: WorkUnit, spec: PlanSpec) -> Iterator[dict[str, Any]]:
     names = spec.columns.names()
     try:
-        opened = _open(source, footer)
+        opened = _open(source, footer, names)
     except _DAMAGE as error:
         raise _Unreadable(_short(error)) from error
     _check_schema(source.url, opened.schema, spec)
@@ -284,12 +349,12 @@ def _records(source: Source, footer: bytes, unit: WorkUnit, spec: PlanSpec) -> I
             last = min(end, group_end) - group_start
             cursor: _Cursor | None = getattr(_OPEN, "cursor", None)
             _OPEN.cursor = None
-            if cursor is None or cursor.key != key or cursor.next_row > first:
-                cursor = _Cursor(key, _batches(opened, group, names, _body(spec)))
             try:
+                if cursor is None or cursor.key != key or cursor.next_row > first:
+                    cursor = _Cursor(key, _batches(opened, group, names, _body(spec)))
                 for batch in cursor.take(first, last):
                     row += len(batch)
-                    yield from _to_records(batch, names)
+                    yield from _to_records(batch, names, spec.max_row_bytes)
             except _DAMAGE as error:
                 raise _Damaged(f"row group {group}: {_short(error)}") from error
             if row < group_start + last:
@@ -300,6 +365,7 @@ def _records(source: Source, footer: bytes, unit: WorkUnit, spec: PlanSpec) -> I
 
 
 def _batches(opened: _File, group: int, names: tuple[str, ...], body: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    _refuse_bomb(opened, group, names)
     size = min(
         _MAX_BATCH_ROWS, max(1, int(_BATCH_BYTES / _row_bytes(opened, group, body))), _safe_rows(opened, group, names)
     )
@@ -316,10 +382,27 @@ class _Unconvertible:
         return f"a value that cannot be read ({self.error})"
 
 
-def _to_records(batch: pa.RecordBatch, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    columns = [_values(batch.column(batch.schema.get_field_index(name))) for name in names]
+class _TooLarge:
+    """Stands for a value that is not looked at."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _to_records(batch: pa.RecordBatch, names: tuple[str, ...], limit: int) -> Iterator[dict[str, Any]]:
+    columns = [_bounded(batch.column(batch.schema.get_field_index(name)), limit) for name in names]
     for values in zip(*columns):
         yield dict(zip(names, values))
+
+
+def _bounded(column: pa.Array, limit: int) -> list[Any]:
+    """Python forms of the values, of lists and structures only where they come to at most `limit` bytes."""
+    sizes = _nested_bytes(column)
+    if sizes is None or not (sizes > limit).any():
+        return _values(column)
+    return [
+        _TooLarge(int(size)) if size > limit else _values(column.slice(place, 1))[0] for place, size in enumerate(sizes)
+    ]
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -347,6 +430,9 @@ def _value(scalar: pa.Scalar) -> Any:
 
 def _item(path: str, row: int, record: dict[str, Any], spec: PlanSpec) -> Item:
     for name, value in record.items():
+        if isinstance(value, _TooLarge):
+            detail = f"column {name!r}: {value.size:,} bytes; max_row_bytes is {spec.max_row_bytes:,}"
+            return read_reject(path, row, "row_too_large", detail)
         if isinstance(value, _Unconvertible):
             reason = "invalid_utf8" if isinstance(value.error, UnicodeDecodeError) else "wrong_type"
             return read_reject(path, row, reason, f"column {name!r}: {value.error}")

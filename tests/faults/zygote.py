@@ -2,7 +2,7 @@
 
 `python -m tests.faults.zygote` reads requests from its standard input and forks a process for each: a session of its own,
 output into a file, `lehr.cli.main`. Such a process can be killed, limited and damaged like any other. Its workers, which
-Beam would start as `python -m ...sdk_worker_main`, are forked from a second such process, so that all of them are processes.
+Beam would start by a shell command, are forked from a second such process, so that all of them are processes.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class _ForkedWorker:
 
 def _nursery(server: socket.socket, parent: int) -> None:
     """Fork a worker for every connection and tell it how the worker ended; ends with the command and the last worker."""
-    from apache_beam.runners.worker import sdk_worker_main
+    from pipelines.engines import worker
 
     workers: dict[int, socket.socket] = {}
     server.settimeout(0.05)
@@ -228,7 +228,7 @@ def _nursery(server: socket.socket, parent: int) -> None:
                     _output_to(output)
                 os.environ.clear()
                 os.environ.update(environment)
-                _end(lambda: sdk_worker_main.main([]))
+                _end(worker.main)
             workers[pid] = connection
         while workers:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -179,6 +179,27 @@ def test_lost_window_is_named(run: Run) -> None:
     assert "windows [0]" in problem
 
 
+def test_windows_lost_at_the_end_of_a_document_are_counted(run: Run) -> None:
+    def lose_tail(table: pa.Table) -> pa.Table:
+        index = table["window"].to_pylist().index(2)
+        return pa.concat_tables([table.slice(0, index), table.slice(index + 1)])
+
+    name = change_features(run, lose_tail, "rejects/main")
+    (problem,) = failures(run)["rows of main"]
+    assert "rows and windows" in problem and "were read" in problem and name.split("part-")[1] in problem
+
+
+def test_windows_that_do_not_follow_one_another_are_named(run: Run) -> None:
+    def shift(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index("char_start")
+        starts = [s + (w == 1) for s, w in zip(table["char_start"].to_pylist(), table["window"].to_pylist())]
+        return table.set_column(index, table.schema.field(index), pa.array(starts, pa.int64()))
+
+    change_features(run, shift)
+    problems = failures(run)["rows of main"]
+    assert problems and all("does not begin where" in problem for problem in problems)
+
+
 def test_doubled_row_is_named(run: Run) -> None:
     name = change_features(run, lambda table: pa.concat_tables([table, table.slice(2, 1)]))
     (problem,) = failures(run)["rows of main"]

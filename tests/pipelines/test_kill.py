@@ -195,7 +195,11 @@ def test_invariant_5_score_without_sketches_killed_at_any_time(keeping: Stage, t
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
     """Beam's worker processes below a command; not the shells that started them."""
-    return [pid for pid, command in session(process).items() if "sdk_worker_main" in command and "sh -c" not in command]
+    return [
+        pid
+        for pid, command in session(process).items()
+        if "pipelines.engines.worker" in command and "sh -c" not in command
+    ]
 
 
 @pytest.mark.parametrize("seed", range(1, 3))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import datetime
 import decimal
 import io
+import random
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.readers import parquet, read_unit
 from schemas.errors import InputError, SourceChanged
-from schemas.sample import Row
+from schemas.sample import Reject, Row
 from schemas.spec import CorpusColumns
+from tests.killing import ROOT
 from tests.pipelines.reading import outcome, put, read, scan, scan_and_read, spec
 
 
@@ -277,3 +282,88 @@ def test_no_rows(root: str) -> None:
     units, warnings = scan(root, "a.parquet", spec())
     assert units == []
     assert "holds no row" in warnings[0]
+
+
+def repeated(turns: int, content: str) -> pa.ListArray:
+    """One row of so many turns with one text, which a file holds once."""
+    same = np.zeros(turns, np.int32)
+    fields = [pa.DictionaryArray.from_arrays(pa.array(same), pa.array([text])) for text in ("user", content)]
+    return pa.ListArray.from_arrays(
+        pa.array([0, turns], pa.int32()), pa.StructArray.from_arrays(fields, ["role", "content"])
+    )
+
+
+_LIST_BOMB = """
+import resource, sys
+from schemas.spec import CorpusColumns
+from tests.pipelines.reading import outcome, scan_and_read, spec
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+plan = spec(columns=CorpusColumns(messages="m"))
+before = peak()
+print([outcome(item) for item in scan_and_read(sys.argv[1], "a.parquet", plan)], peak() - before)
+"""
+
+
+def test_a_list_that_repeats_a_text_is_measured_without_being_expanded(tmp_path: Path) -> None:
+    """A kilobyte that stands for 1.5 GB costs its row, and some tens of megabytes."""
+    table = pa.table({"m": repeated(300_000, "x" * 5000)})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1000
+    command = [sys.executable, "-c", _LIST_BOMB, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    outcomes, peak = done.stdout.rsplit(" ", 1)
+    assert outcomes == "['!row_too_large']" and float(peak) < 300
+
+
+def test_a_list_of_countless_empty_turns_is_too_large(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"m": repeated(200_000, "")}), tmp_path / "a.parquet", store_schema=False)
+    plan = spec(columns=CorpusColumns(messages="m"), max_row_bytes=1 << 20)
+    (item,) = scan_and_read(str(tmp_path), "a.parquet", plan)
+    assert isinstance(item, Reject) and item.reason == "row_too_large" and "'m'" in item.detail
+
+
+def test_pages_that_stand_for_far_more_than_the_file_holds_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.readers.parquet._BOMB_BYTES", 1 << 20)
+    bodies = ["a" * (2 << 20), "b" * 100]
+    for dictionary in (False, True):
+        pq.write_table(
+            pa.table({"text": bodies}), tmp_path / "a.parquet", compression="zstd", use_dictionary=dictionary, row_group_size=1
+        )  # fmt: skip
+        items = scan_and_read(str(tmp_path), "a.parquet", spec())
+        assert [outcome(item) for item in items] == ["!damaged", bodies[1]]
+        assert "stand for 2,09" in items[0].detail  # type: ignore[union-attr]
+    # As large, and worth its bytes.
+    bodies[0] = random.Random(0).randbytes(1 << 20).hex()
+    pq.write_table(pa.table({"text": bodies}), tmp_path / "a.parquet", compression="zstd", row_group_size=1)
+    assert [outcome(item) for item in scan_and_read(str(tmp_path), "a.parquet", spec())] == bodies
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("outer", [pa.list_, pa.large_list])
+def test_texts_in_lists_read_alike_however_they_are_encoded(tmp_path: Path, text: pa.DataType, outer: Any) -> None:
+    turn = pa.struct([("role", text), ("content", text), ("n", pa.int64())])
+    rows: list[Any] = [
+        [{"role": "user", "content": f"c{row % 3}", "n": row}, {"role": "assistant", "content": "yes", "n": None}]
+        for row in range(40)
+    ]
+    rows[5], rows[6], rows[7] = [], None, [{"role": None, "content": None, "n": 1}]
+    table = pa.table(
+        {"m": pa.array(rows, outer(turn)), "k": pa.array([{"a": ["z", None], "b": "z"}] * 40)},
+    )
+    found = []
+    for dictionary in (False, True):
+        for schema in (False, True):
+            pq.write_table(
+                table, tmp_path / "a.parquet", use_dictionary=dictionary, store_schema=schema, row_group_size=15
+            )
+            plan = spec(columns=CorpusColumns(messages="m", keep=("k",)), unit_tokens=20)
+            found.append(scan_and_read(str(tmp_path), "a.parquet", plan))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert isinstance(found[0][0], Row) and found[0][0].messages == [
+        {"role": "user", "content": "c0"}, {"role": "assistant", "content": "yes"},
+    ]  # fmt: skip

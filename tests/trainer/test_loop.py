@@ -43,6 +43,7 @@ def settings(folder: Path, /, name: str, **changes: Any) -> TrainSettings:
         "dtype": "float32",
         "warmup_select": 2,
         "proj_rank": 4,
+        "mode": "two-pass",
     }
     return TrainSettings(**{**base, **changes})
 

@@ -24,7 +24,7 @@ from tests.trainer.streams import make_run
 from tests.trainer.test_loop import Stop, journal, results, settings, stopping
 from tests.trainer.test_step import Fixed, encoded, offer, trainable
 from trainer.loop import train
-from trainer.lora import add_lora, save_merged
+from trainer.lora import add_lora, name_base, save_merged
 from trainer.lora import save_adapter as write_adapter
 from trainer.step import OnlineStep
 from trainer.stream import RankedStream
@@ -120,6 +120,42 @@ def test_candidates_are_compared_by_the_gradients_of_the_adapter(kind: str, mode
     assert space is not None
     assert np.abs(space.gram_NN.numpy() - z @ z.T).max() <= 1e-10 * np.abs(z @ z.T).max()
     assert np.abs(space.align_N.numpy() - z @ u).max() <= 1e-10 * np.abs(z @ u).max()
+
+
+@pytest.mark.parametrize("kind", sorted(TARGETS))
+def test_exact_interactions_and_alignments_are_those_of_the_whole_gradients_of_the_adapter(kind: str) -> None:
+    """K = G G' and b = G v of the gradients of A and B by autograd, without a projection."""
+    model = adapted(kind)
+    online = OnlineStep(
+        model, torch.optim.AdamW(list(trained_parameters(model).values())), dtype="float64", batch_tokens=40, mode="one-pass",
+        options=PolicyOptions(n_keep=3, metric="sgd"), gram="exact", alignment="exact",
+    )  # fmt: skip
+    candidates, target = offer(5), encoded(3, seed=1)
+    tokens = sum(sum(item.loss_mask) for item in target)
+
+    def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([gradient.flatten() for gradient in found.values()])
+
+    g = torch.stack([flat(autograd(model, item.encoded)) for item in candidates])
+    v = torch.stack([flat(autograd(model, item)) for item in target]).sum(0) / tokens
+    space = online.step(candidates, target).geometry
+    assert space is not None
+    assert float((space.gram_NN - g @ g.T).abs().max()) <= 1e-10 * float((g @ g.T).abs().max())
+    assert float((space.align_N - g @ v).abs().max()) <= 1e-10 * float((g @ v).abs().max())
+
+
+def test_the_base_is_named_so_that_it_is_found_again(world: tuple[Run, Path]) -> None:
+    """A hub id and a URL as they are, a folder by its absolute path."""
+    _, folder = world
+    model = adapted()
+    for base, revision, wanted in (
+        ("owner/name", "v1", ("owner/name", "v1")),
+        ("gs://bucket/base", None, ("gs://bucket/base", None)),
+        (str(folder), "v1", (str(folder.resolve()), None)),
+    ):
+        name_base(model, base, revision)
+        config = model.peft_config["default"]
+        assert (config.base_model_name_or_path, config.revision) == wanted
 
 
 def test_full_reproduces_training_by_peft(world: tuple[Run, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from schemas.errors import CorruptFile, InputError
 from schemas.run import Run
 from tests.trainer.streams import make_run
-from tests.trainer.test_loop import journal, settings, weights
+from tests.trainer.test_loop import journal, results, settings, weights
 from trainer.loop import train
 from trainer.settings import EXECUTION, TrainSettings
 
@@ -223,6 +224,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
             and a.decisions[0]["alignment"] == b.decisions[0]["alignment"]
         ),
     ),
+    "optimizer": (
+        {"policy": "full"},
+        {"policy": "full", "optimizer": "muon"},
+        # The same first loss; then another way down. Muon's moments are one a matrix.
+        lambda a, b: a.losses()[0] == b.losses()[0] and a.losses()[1:] != b.losses()[1:],
+    ),
     "alignment": (
         {},
         {"alignment": "exact"},
@@ -387,6 +394,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         # Other kernels, the same mathematics: float32 rounding over three steps.
         lambda a, b: a.losses() == pytest.approx(b.losses(), rel=1e-3),
     ),
+    "layout": (
+        {"policy": "full"},
+        {"policy": "full", "layout": "packed"},
+        # Without padding, the same mathematics.
+        lambda a, b: (
+            b.steps[0]["padding_share"] == 0 < a.steps[0]["padding_share"]
+            and a.losses() == pytest.approx(b.losses(), rel=1e-3)
+        ),
+    ),
     "batch_tokens": (
         {"policy": "full"},
         {"policy": "full", "batch_tokens": 1},
@@ -488,6 +504,52 @@ def test_optimizer_state_of_another_model_is_refused(world: tuple[Run, Path], tm
         train(other_run, settings(other, "damaged", optimizer_state=str(damaged)))
 
 
+def test_a_training_by_muon_resumes_exactly(world: tuple[Run, Path], tmp_path: Path) -> None:
+    """From its middle checkpoint, the same bytes: the momentum of some, the moments of others."""
+    run, folder = world
+    given = {
+        "policy": "filter-then-weight",
+        "optimizer": "muon",
+        "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+        "warmup_select": 1,
+    }
+    train(run, settings(folder, "muon", **given))
+    assert [row["metric"] for row in journal(run, "muon")] == ["sgd", "target", "target"]
+    before = results(run, "muon")
+    kept = Path(run.path(f"{run.training_folder('muon')}/checkpoints"))
+    shutil.rmtree(kept / "step-00000003")
+    Path(run.path(run.manifest_path("train", "muon"))).unlink()
+    train(run, settings(folder, "muon", **given))
+    assert results(run, "muon") == before
+
+
+def test_activation_checkpointing_is_no_part_of_the_spec(world: tuple[Run, Path]) -> None:
+    """The same weights and losses; `auto` then takes two passes, which the journal and what is printed say."""
+    run, folder = world
+    given = {"policy": "filter-then-weight", "checkpoint_every": 1, "loggers": ("console",)}
+    train(run, settings(folder, "stored", **given))
+    begun: list[dict[str, str]] = []
+
+    class Noting:
+        def __init__(self, found: Any) -> None:
+            begun.append(dict(found.choices))
+
+        def step(self, event: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    train(run, settings(folder, "recomputed", activation_checkpointing=True, **given), console=Noting)
+    assert journal(run, "stored") == journal(run, "recomputed")
+    first, second = (weights(run, name, 3) for name in ("stored", "recomputed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    train(run, settings(folder, "auto", activation_checkpointing=True, **{**given, "mode": "auto"}), console=Noting)
+    assert {row["mode"] for row in journal(run, "auto")} == {"two-pass"}
+    assert "checkpoints activations" in begun[-1]["mode"]
+
+
 def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
     run, folder = world
     for every, keep, expected in ((1, 1, [5, 6]), (2, 5, [2, 4, 6]), (50, 2, [6])):
@@ -521,6 +583,8 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"policy": "filter-then-weight", "metric": "natural", "preconditioner": "less"}, "takes a root"),
         ({"preconditioner": "newton"}, "auto, adamw, muon"),
         ({"alignment": "close"}, "sketched, exact"),
+        ({"optimizer": "sgd"}, "adamw, muon"),
+        ({"optimizer": "muon", "shard": "fsdp2"}, "Muon steps whole matrices"),
         ({"gram": "close"}, "sketched, survivors, exact"),
         ({"weights": "softmax"}, "nnls, uniform"),
         ({"filter_score": "best"}, "decrease"),
@@ -551,5 +615,9 @@ def test_auto_takes_one_pass_where_memory_allows_it(world: tuple[Run, Path], mon
     train(run, settings(folder, "auto-fits", policy="filter-then-weight", mode="auto"))
     assert run.manifest("train", "auto-fits").spec["mode"] == "one-pass"
     monkeypatch.setattr("trainer.modes.held_bytes_per_token", lambda model, dtype: 2**40)
+    # What was decided stands, whatever memory the machine has that goes on.
+    Path(run.path(run.manifest_path("train", "auto-fits"))).unlink()
+    train(run, settings(folder, "auto-fits", policy="filter-then-weight", mode="auto"))
+    assert run.manifest("train", "auto-fits").spec["mode"] == "one-pass"
     train(run, settings(folder, "auto-large", policy="filter-then-weight", mode="auto"))
     assert run.manifest("train", "auto-large").spec["mode"] == "two-pass"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from schemas.run import Run
 from tests.trainer.streams import make_run
 from tests.trainer.test_loop import journal, results, weights
 from tests.trainer.together import Group
 from trainer.__main__ import main
-from trainer.parallel import OneProcess
+from trainer.parallel import OneProcess, join_processes
 
 EXACT = {"step", "policy", "metric", "mode", "offered", "kept", "offered_tokens", "trained_tokens", "fallback"}
 """Columns of the journal's steps that do not depend on rounding."""
@@ -198,6 +200,57 @@ def test_a_gradient_that_is_not_finite_is_named_by_every_process(world: tuple[Ru
             index
         ) or "lost the others" in group.output(index)
     assert any("is not finite" in group.output(index) for index in range(2))
+
+
+def exchange(arguments: list[str]) -> int:
+    """What a process does in the test below."""
+    processes = join_processes("cpu", 30)
+    index = processes.index
+    assert processes.every([index, "x"]) == [[0, "x"], [1, "x"], [2, "x"]]
+    assert processes.sum(torch.tensor([float(index), 1.0])).tolist() == [3.0, 3.0]
+    assert processes.decide(lambda: (index, torch.tensor([0.1], dtype=torch.float64), None)) == (0, 0.1, None)
+    same, other, count = torch.arange(5.0), torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.5], dtype=torch.float64)
+    assert not processes.align([same, other, count])
+    if index == 2:
+        other[1] += 2.0**-22  # the last bit
+    assert processes.align([same, other, count])
+    assert other.tolist() == [1.0, 2.0]
+    # Only one has a gradient for the first, none for the last; buckets are cut at whole tensors.
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 9 << 20, 2, 4)]
+    for number, parameter in enumerate(parameters[:3]):
+        if number or index == 1:
+            parameter.grad = torch.full_like(parameter, float(index + 1))
+    processes.sum_gradients(parameters)
+    assert [None if p.grad is None else p.grad[-1].item() for p in parameters] == [2.0, 6.0, 6.0, None]
+    processes.close()
+    return 0
+
+
+def test_exchanges(tmp_path: Path) -> None:
+    group = Group(3, [], tmp_path, run=exchange)
+    assert group.wait(60) == [0, 0, 0], [group.output(index) for index in range(3)]
+
+
+def drifting(arguments: list[str]) -> int:
+    """A training whose second process rounds otherwise."""
+    if os.environ["RANK"] == "1":
+        step = torch.optim.AdamW.step
+
+        def rounded(self: Any, closure: Any = None) -> Any:
+            found = step(self, closure)
+            for group in self.param_groups:
+                group["params"][0].data[0].mul_(1 + 1e-6)
+            return found
+
+        torch.optim.AdamW.step = rounded  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def test_processes_that_drift_apart_go_on_from_process_0(world: tuple[Run, Path], tmp_path: Path) -> None:
+    group = Group(2, arguments(*world, "drifting", policy="full", steps=5), tmp_path, run=drifting)
+    assert group.wait(60) == [0, 0], group.output(0)
+    assert group.output(0).count("no longer held the same weights") == 2  # at both checkpoints
+    assert group.output(0).count("step 3: the processes") == 1
 
 
 def test_shares_are_whole_and_balanced() -> None:

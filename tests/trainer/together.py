@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.__main__ import main
@@ -16,8 +18,17 @@ from trainer.__main__ import main
 class Group:
     """Processes of `python -m trainer ARGUMENTS` as torchrun would start them; what they print goes to files in `folder`."""
 
-    def __init__(self, count: int, arguments: list[str], folder: Path, *, last: list[str] | None = None) -> None:
-        """`last` are the arguments of the last process, where they are not those of all."""
+    def __init__(
+        self,
+        count: int,
+        arguments: list[str],
+        folder: Path,
+        *,
+        last: list[str] | None = None,
+        run: Callable[[list[str]], int] = main,
+    ) -> None:
+        """`last` are the arguments of the last process, where they are not those of all; `run` is what is done with them."""
+        self._run = run
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -44,7 +55,8 @@ class Group:
             os.environ.update(
                 RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
             )  # fmt: skip
-            code = main(arguments)
+            logging.getLogger().handlers.clear()  # pytest's
+            code = self._run(arguments)
         except BaseException:
             traceback.print_exc()
         finally:
