@@ -148,13 +148,19 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
     place = run.path(f"{run.training_folder(name)}/spec.json")
     if policy.needs_sketches or policy.needs_norms:
         longest = encoder.spec.max_tokens
-        asked = settings.mode if settings.shard == "none" else "two-pass"
-        begun = asked == "auto" and exists(place)
-        if begun:  # decided when the training began, perhaps on a machine with other memory
-            asked = read_declared(place, "training").get("mode", asked)
-        mode, why = choose_mode(asked, model, dtype, longest=longest, candidates=sizes.largest)
-        if begun:
-            why = why.replace("asked for", "as the training began")
+
+        def decide() -> tuple[Mode, str]:
+            declared = read_declared(place, "training").get("mode") if exists(place) else None
+            if settings.shard != "none" and declared == "one-pass":
+                raise InputError(f"training {name!r} began in one pass, which shards cannot go on with: use shard none")
+            asked = settings.mode if settings.shard == "none" else "two-pass"
+            begun = asked == "auto" and bool(declared)
+            if begun:  # decided when the training began, perhaps on a machine with other memory
+                asked = declared or asked
+            mode, why = choose_mode(asked, model, dtype, longest=longest, candidates=sizes.largest)
+            return mode, why.replace("asked for", "as the training began") if begun else why
+
+        mode, why = processes.decide(decide)
     moments = read_optimizer(settings.optimizer_state, trainee.loaded.model) if settings.optimizer_state else None
     refined, norms = refined_schedule(run, settings) if settings.schedule_from else (None, "")
     reference = _load_reference(settings, policy, index.tokenizer, dtype, device)

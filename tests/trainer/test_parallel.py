@@ -71,8 +71,8 @@ def assert_same_training(run: Run, one: str, other: str, *, tolerance: float) ->
 @pytest.mark.parametrize(
     "count,options",
     [
-        (2, {}),
-        (4, {}),
+        (2, {"mode": "two-pass"}),
+        (4, {"mode": "two-pass"}),
         (2, {"policy": "full", "batch-tokens": 20}),
         (2, {"policy": "random", "token-budget": 150, "epochs": 4}),
         (4, {"mode": "one-pass", "precondition": "rank-one"}),
@@ -82,7 +82,7 @@ def assert_same_training(run: Run, one: str, other: str, *, tolerance: float) ->
         pytest.param(2, {"policy": "grad-norm", "oracle-every": 3}, marks=pytest.mark.slow),
         pytest.param(4, {"policy": "match", "oracle-every": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"mode": "one-pass", "precondition": "rank-one"}, marks=pytest.mark.slow),
-        pytest.param(4, {"precondition": "rank-one", "target-batch": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"mode": "two-pass", "precondition": "rank-one", "target-batch": 2}, marks=pytest.mark.slow),
         pytest.param(3, {"dtype": "float32", "policy": "full"}, marks=pytest.mark.slow),
     ],
 )

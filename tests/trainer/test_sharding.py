@@ -13,6 +13,7 @@ from schemas.run import Run
 from tests.trainer.streams import make_run
 from tests.trainer.test_loop import journal
 from tests.trainer.test_parallel import arguments, assert_same_training, start_and_kill, together
+from tests.trainer.together import Group
 from trainer.__main__ import main
 from trainer.settings import TrainSettings
 
@@ -33,7 +34,7 @@ def test_shards_decide_and_train_as_the_whole(
     world: tuple[Run, Path], tmp_path: Path, count: int, options: dict[str, Any]
 ) -> None:
     run = world[0]
-    name = "-".join(["whole", *map(str, options.values())])
+    name, options = "-".join(["whole", *map(str, options.values())]), {"mode": "two-pass", **options}
     assert main(arguments(*world, name, **options)) == 0
     together(count, world, tmp_path, f"{name}-{count}", shard="fsdp2", **options)
     assert_same_training(run, name, f"{name}-{count}", tolerance=1e-8)
@@ -55,7 +56,7 @@ def test_every_way_to_compare_works_on_shards(
 ) -> None:
     run = world[0]
     name = "-".join(["ways", *map(str, options.values())])
-    alone = {**options, "mode": "two-pass"} if "mode" in options else options
+    alone = {**options, "mode": "two-pass"}
     assert main(arguments(*world, name, **alone)) == 0
     together(count, world, tmp_path, f"{name}-{count}", shard="fsdp2", **options)
     assert_same_training(run, name, f"{name}-{count}", tolerance=1e-8)
@@ -65,12 +66,12 @@ def test_every_way_to_compare_works_on_shards(
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "neox"])
 def test_other_families_and_tied_weights(tmp_path: Path, kind: str) -> None:
     world = make_run(tmp_path / "world", samples=24, kind=kind)
-    assert main(arguments(*world, "whole")) == 0
+    assert main(arguments(*world, "whole", mode="two-pass")) == 0
     together(2, world, tmp_path / "logs", "cut", shard="fsdp2")
     assert_same_training(world[0], "whole", "cut", tolerance=1e-7)
 
 
-CUT: dict[str, Any] = {"epochs": 3, "checkpoint-every": 3, "candidates": 7, "shard": "fsdp2"}
+CUT: dict[str, Any] = {"mode": "two-pass", "epochs": 3, "checkpoint-every": 3, "candidates": 7, "shard": "fsdp2"}
 
 
 def test_checkpoints_are_whole_and_resumed_in_any_number_of_processes(tmp_path: Path) -> None:
@@ -100,9 +101,15 @@ def test_checkpoints_are_whole_and_resumed_in_any_number_of_processes(tmp_path: 
     assert all(float((one[n] - other[n]).norm()) <= 1e-6 * float(one[n].norm()) for n in one)
 
 
-def test_what_shards_cannot_do_is_refused(world: tuple[Run, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_shards_cannot_do_is_refused(
+    world: tuple[Run, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments(*world, "alone", shard="fsdp2")) == 2
     assert "shard fsdp2 needs several processes" in capsys.readouterr().err
+    assert main(arguments(*world, "began", mode="one-pass", steps=1)) == 0
+    group = Group(2, arguments(*world, "began", steps=1, shard="fsdp2"), tmp_path)
+    assert group.wait(60) == [2, 2]
+    assert "'began' began in one pass, which shards cannot go on with" in group.output(0)
     with pytest.raises(InputError, match="fsdp2 and mode one-pass exclude each other"):
         TrainSettings(shard="fsdp2", mode="one-pass")
     with pytest.raises(InputError, match="keeps no averages"):
