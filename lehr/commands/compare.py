@@ -84,37 +84,47 @@ class Command:
 
 
 def result_lines(run: Run, found: Comparison) -> list[Any]:
-    """The table of a finished comparison, what its columns mean, and a sentence for each verdict."""
+    """Tables of a finished comparison, a sentence for each verdict, and what the columns mean."""
     from rich.table import Table
 
     from lehr.compare.run import read_seconds
 
     spec, start = found.manifest.spec, found.manifest.summary["start"]
     guarded = bool(spec["guard"])
-    table = Table(
-        title=f"{len(spec['seeds'])} seeds, {spec['token_budget']:,} trained tokens; held-out loss at the start {start['eval_loss']:.4f}"
-        + (f", guard {start['guard_loss']:.4f}" if guarded else ""),
-        title_justify="left", show_edge=False, pad_edge=False, header_style="bold",
-    )  # fmt: skip
+    title = f"{len(spec['seeds'])} seeds, {spec['token_budget']:,} trained tokens; held-out loss at the start {start['eval_loss']:.4f}"
+    title += f", guard {start['guard_loss']:.4f}" if guarded else ""
+    losses = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, header_style="bold")
+    costs = Table(title="What it cost", title_justify="left", show_edge=False, pad_edge=False, header_style="bold")
     columns = ["held-out", "difference", f"{spec['level']:.0%} {spec['interval']}", "bootstrap"]
-    columns += ["guard difference", "interval"] if guarded else []
-    columns += ["tokens", "TFLOP", "choosing", "offline", "seconds", "choosing", "offline", "verdict"]
-    table.add_column("arm", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns += ["guard diff.", "interval"] if guarded else []
+    for table, names in (
+        (losses, [*columns, "verdict"]),
+        (costs, ["tokens", "TFLOP", "choosing", "offline", "seconds", "choosing", "offline"]),
+    ):
+        table.add_column("arm")
+        for name in names:
+            table.add_column(name, justify="right")
     seconds = read_seconds(run, found.manifest.name)
     for row in found.arms:
-        spent = seconds.get(row["arm"], {})
-        cells = [_fixed(row["eval_loss"]), _signed(row["difference"])]
-        cells += [_span(row, "difference"), _span(row, "bootstrap")]
+        cells = [
+            _fixed(row["eval_loss"]),
+            _signed(row["difference"]),
+            _span(row, "difference"),
+            _span(row, "bootstrap"),
+        ]
         cells += [_signed(row["guard_difference"]), _span(row, "guard")] if guarded else []
+        losses.add_row(row["arm"], *cells, row["verdict"] or "control")
+        spent = seconds.get(row["arm"], {})
         least, most = row["least_tokens"], row["most_tokens"]
-        cells.append(f"{least:,}" if least == most else f"{least:,} to {most:,}")
-        cells += [_tera(row[name]) for name in ("flops", "selection_flops", "offline_flops")]
-        cells += [_short(spent.get("training")), _short(spent.get("selection"))]
-        cells.append(_short(sum(spent["offline"].values()) if spent.get("offline") else None))
-        table.add_row(row["arm"], *cells, row["verdict"] or "control")
-    lines: list[Any] = [table]
+        costs.add_row(
+            row["arm"],
+            f"{least:,}" if least == most else f"{least:,} to {most:,}",
+            *(_tera(row[name]) for name in ("flops", "selection_flops", "offline_flops")),
+            _short(spent.get("training")),
+            _short(spent.get("selection")),
+            _short(sum(spent["offline"].values()) if spent.get("offline") else None),
+        )
+    lines: list[Any] = [losses, "", costs, ""]
     lines += [f"{row['arm']}: {row['verdict']}, {row['reason']}" for row in found.arms if not row["control"]]
     lines.append(
         "difference: held-out loss minus the control's, mean over seeds, nats per token; below zero is better. TFLOP and seconds: of one "
