@@ -122,6 +122,8 @@ def prepare(
     if "keep" in score.inputs:
         if get_selector(settings.selector).needs_sketches:
             raise refuse_sketchless(scoring, f"selector {settings.selector!r}")
+        if settings.redundancy > 0.0:
+            raise refuse_sketchless(scoring, "the price on redundancy")
         columns_only = True
     spec = run.scoring(scoring)
     select_spec = {

@@ -120,6 +120,11 @@ def test_what_reads_sketches_says_what_is_missing(scalars: World, selector: str)
         run_select(
             scalars.run, "no", "base", "target", Budget(samples=5), dataclasses.replace(SETTINGS["direct-signed"], gain="damped")
         )  # fmt: skip
+    priced = dataclasses.replace(SETTINGS["direct-signed"], redundancy=0.5)
+    with pytest.raises(InputError, match=r"redundancy reads sketches.*--keep scalars"):
+        run_select(scalars.run, "no", "base", "target", Budget(samples=5), priced)
+    with pytest.raises(InputError, match=r"redundancy reads sketches.*--keep scalars"):
+        run_select_beam(scalars.run, "no", "base", "target", Budget(samples=5), priced, IN_PROCESS)
     assert not (Path(scalars.run.url) / "selections/no").exists()
 
 
