@@ -27,7 +27,11 @@ def rows(run: str, name: str) -> pa.Table:
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    return [pid for pid, command in session(process).items() if "sdk_worker_main" in command and "sh -c" not in command]
+    return [
+        pid
+        for pid, command in session(process).items()
+        if "pipelines.engines.worker" in command and "sh -c" not in command
+    ]
 
 
 def test_two_workers_choose_as_memory_does_and_all_that_follows_reads_it(
