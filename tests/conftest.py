@@ -48,3 +48,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
+
+
+@pytest.fixture
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of commands are printed unbroken, whichever test made the console first."""
+    from lehr.console import console
+
+    monkeypatch.setattr(console, "width", 300)

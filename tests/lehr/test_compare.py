@@ -413,9 +413,8 @@ def test_an_option_of_an_arm_is_its_own() -> None:
 
 
 def test_the_command_prints_the_table_and_the_verdicts(
-    place: Place, finished: Comparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Place, finished: Comparison, capsys: pytest.CaptureFixture[str], wide_console: None
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
     run, model = place
     command = [
         "compare", run.url, "--arm", "match:full", "--arm", "match:filter-then-weight", "--control", "random:full",

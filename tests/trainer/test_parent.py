@@ -133,7 +133,7 @@ def test_a_lora_on_a_branch(world: tuple[Run, Path]) -> None:
 
 
 def test_branches_each_with_a_stream_of_its_own(
-    world: tuple[Run, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: tuple[Run, Path], capsys: pytest.CaptureFixture[str], wide_console: None
 ) -> None:
     """`lehr branch`: from one checkpoint, a training for every stream, the same as by `lehr train` one by one."""
     run, _ = world
@@ -143,7 +143,6 @@ def test_branches_each_with_a_stream_of_its_own(
         items = ranked([sample(f"s{number}", row, text) for row, text in enumerate(texts(16, seed=7 * number))])
         places.append(run.path(f"../other-{number}"))
         write_stream(places[-1], items, tokenizer=tokenizer, name=f"other-{number}")
-    monkeypatch.setenv("COLUMNS", "300")
     options = ["--policy", "full", "--candidates", "8", "--n-keep", "4", "--dtype", "float32", "--lr", "0.01"]
     options += ["--warmup-select", "2", "--proj-rank", "4"]
     assert main(["branch", run.url, *places, "--from", "stable@4", *options]) == 0
