@@ -88,15 +88,16 @@ def _ascend(
     held = sums_of(rows, _weigh_start, total, task, shared, f"{label}Start")
     state = held | f"{label}Begin" >> beam.ParDo(_Begin(task, shared))
     ended: list[PCollection] = []
+    before = None
     for number in range(1, task.settings.max_iterations + 1):
         name = f"{label}Round{number}"
-        ended.append(rows | f"{name}Ended" >> beam.ParDo(_End(task, shared), one(state), False))
-        priced = rows | f"{name}Price" >> beam.ParDo(_Price(task, shared), one(state))
-        vertex = best_vertex(priced, terms, limit, view, name, task.rounds)
-        rows = priced | f"{name}With" >> beam.Map(_with_vertex, one(vertex))
-        held = sums_of(rows, _weigh_round, total, task, shared, name)
+        ended.append(rows | f"{name}Ended" >> beam.ParDo(_End(task, shared), one(state), before, False))
+        rows = rows | f"{name}Price" >> beam.ParDo(_Price(task, shared), one(state), before)
+        vertex = best_vertex(rows, terms, limit, view, name, task.rounds)
+        before = one(vertex)
+        held = sums_of(rows, _weigh_round, total, task, shared, name, before)
         state = state | f"{name}Accept" >> beam.ParDo(_Accept(task, shared), one(held), one(vertex))
-    ended.append(rows | f"{label}Ended" >> beam.ParDo(_End(task, shared), one(state), True))
+    ended.append(rows | f"{label}Ended" >> beam.ParDo(_End(task, shared), one(state), before, True))
     rows = ended | f"{label}AllEnded" >> beam.Flatten()
     whole = sums_of(rows, _weigh_whole, total, task, shared, f"{label}Whole")
     return rows, whole | f"{label}Rounded" >> beam.ParDo(_Rounded(task, shared), one(state))
@@ -107,7 +108,7 @@ def _started(element: tuple[int, UnitRows], total: Totals, task: SelectionTask, 
     share = min(1.0, task.budget.amount / float(total.size_D.sum()))
     weight_n = np.full(len(rows), share)
     if start > 0:
-        weight_n = id_uniform(task.settings.seed * 1_000_003 + start, rows.sample_id_n) * share
+        weight_n = id_uniform(task.settings.seed * 1_000_003 + start, rows.sample_id_n.astype(str)) * share
     return index, dataclasses.replace(rows, weight_n=weight_n, whole_n=np.zeros(len(rows)))
 
 
@@ -116,9 +117,10 @@ def _weigh_start(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[
     return rows.weight_n, {}
 
 
-def _weigh_round(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[str, float]]:
-    assert rows.vertex_n is not None and rows.weight_n is not None
-    return rows.vertex_n, {"moved": math.fsum((rows.vertex_n - rows.weight_n) ** 2)}
+def _weigh_round(rows: UnitRows, task: SelectionTask, vertex: Vertex) -> tuple[np.ndarray, dict[str, float]]:
+    assert rows.weight_n is not None
+    vertex_n = vertex.weights(rows)[0]
+    return vertex_n, {"moved": math.fsum((vertex_n - rows.weight_n) ** 2)}
 
 
 def _weigh_whole(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[str, float]]:
@@ -142,16 +144,12 @@ def _prices(rows: UnitRows, state: Rounds, context: SelectionContext) -> np.ndar
     return 2.0 * context.geometry.dimension * dot_n * rows.scale_n
 
 
-def _with_vertex(element: tuple[int, UnitRows], vertex: Vertex) -> tuple[int, UnitRows]:
-    vertex_n, whole_n, _ = vertex.weights(element[1])
-    return element[0], dataclasses.replace(element[1], vertex_n=vertex_n, vertex_whole_n=whole_n)
-
-
-def _taken(rows: UnitRows, state: Rounds) -> UnitRows:
-    """Rows after the last optimum was accepted or not."""
-    if not state.take:
+def _taken(rows: UnitRows, state: Rounds, vertex: Vertex | None) -> UnitRows:
+    """Rows, whose prices `vertex` is the optimum for, after it was accepted or not."""
+    if not state.take or vertex is None:
         return rows
-    return dataclasses.replace(rows, weight_n=rows.vertex_n, whole_n=rows.vertex_whole_n)
+    weight_n, whole_n, _ = vertex.weights(rows)
+    return dataclasses.replace(rows, weight_n=weight_n, whole_n=whole_n)
 
 
 class _Begin(TaskStep):
@@ -163,9 +161,11 @@ class _Begin(TaskStep):
 class _Price(TaskStep):
     """Rows with the prices of the next round; none where there is none."""
 
-    def process(self, element: tuple[int, UnitRows], state: Rounds) -> Iterator[tuple[int, UnitRows]]:
+    def process(
+        self, element: tuple[int, UnitRows], state: Rounds, vertex: Vertex | None
+    ) -> Iterator[tuple[int, UnitRows]]:
         if not state.done:
-            rows = _taken(element[1], state)
+            rows = _taken(element[1], state, vertex)
             yield element[0], dataclasses.replace(rows, gain_n=_prices(rows, state, self._context))
 
 
@@ -197,10 +197,12 @@ class _Accept(TaskStep):
 class _End(TaskStep):
     """Rows of an ascent that has ended, or that has no further rounds."""
 
-    def process(self, element: tuple[int, UnitRows], state: Rounds, last: bool) -> Iterator[tuple[int, UnitRows]]:
+    def process(
+        self, element: tuple[int, UnitRows], state: Rounds, vertex: Vertex | None, last: bool
+    ) -> Iterator[tuple[int, UnitRows]]:
         if not state.done and not last:
             return
-        rows = _taken(element[1], state)
+        rows = _taken(element[1], state, vertex)
         if state.reprice:
             rows = dataclasses.replace(rows, gain_n=_prices(rows, state, self._context))
         yield element[0], rows

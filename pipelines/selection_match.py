@@ -17,7 +17,7 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.selection_decide import Decision, Limit, Totals, Vertex, can_spend, smallest_cost
 from pipelines.selection_greedy import Gather, Gathered, GreedySet, greedy_set, likely_of
-from pipelines.selection_passes import Chosen, Passing, best_vertex, certificate_of, frank_wolfe, with_vertex
+from pipelines.selection_passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
 from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
 from pipelines.selection_search import Known, Rest, Sure, View, added, one, search, sure_of, undecided_of
 from pipelines.selection_shortlist import Listed, Short, shortlist, top
@@ -97,7 +97,7 @@ def _relaxed(
             _spend, one(whole), one(limit), task, one(rest), one(known), one(sure)
         )
     start = best_vertex(walked, spend, limit, view, "Start", task.rounds)
-    walked = walked | "StartWith" >> beam.Map(with_vertex, one(start)) | "StartWeights" >> beam.Map(_at_vertex)
+    walked = walked | "StartWeights" >> beam.Map(at_vertex, one(start))
     held = sums_of(walked, _weigh_present, total, task, shared, "Start")
     state = total | "Begin" >> beam.ParDo(_Begin(task, shared), one(held), one(start))
     return frank_wolfe(walked, state, total, spend, limit, task, shared, "Relaxed")
@@ -129,13 +129,6 @@ def _spend(
     if limit.value is None or rest is None or cheapest is None or sure is None:
         return whole
     return whole if smallest_cost(rest, cheapest, sure) <= limit.value else terms
-
-
-def _at_vertex(element: tuple[int, UnitRows]) -> tuple[int, UnitRows]:
-    """The weights are those of the vertex; no price is known yet but what a row gains."""
-    index, rows = element
-    assert rows.alpha_n is not None
-    return index, dataclasses.replace(rows, weight_n=rows.vertex_n, vertex_n=None, gain_n=rows.alpha_n)
 
 
 def _weigh_present(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[str, float]]:

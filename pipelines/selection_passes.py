@@ -72,10 +72,11 @@ def best_vertex(
     return rest | f"{label}Vertex" >> beam.Map(decide_vertex, one(known), one(sure), one(limit), view)
 
 
-def with_vertex(element: tuple[int, UnitRows], vertex: Vertex) -> tuple[int, UnitRows]:
-    """The rows with the vertex's part of them."""
+def at_vertex(element: tuple[int, UnitRows], vertex: Vertex) -> tuple[int, UnitRows]:
+    """The rows with the weights of a vertex. No price is known yet but what a row gains."""
     index, rows = element
-    return index, dataclasses.replace(rows, vertex_n=vertex.weights(rows)[0])
+    assert rows.alpha_n is not None
+    return index, dataclasses.replace(rows, weight_n=vertex.weights(rows)[0], gain_n=rows.alpha_n)
 
 
 def frank_wolfe(
@@ -94,26 +95,29 @@ def frank_wolfe(
     """
     view = View(kind="linear", unit=task.budget.unit)
     ended: list[PCollection] = []
+    before = None
     for number in range(1, task.settings.max_iterations + 1):
         name = f"{label}Pass{number}"
-        ended.append(rows | f"{name}Ended" >> beam.FlatMap(_ended, one(state), False))
-        priced = rows | f"{name}Price" >> beam.ParDo(_Price(task, shared), one(state))
-        vertex = best_vertex(priced, terms, limit, view, name, task.rounds)
-        rows = priced | f"{name}With" >> beam.Map(with_vertex, one(vertex))
-        held = sums_of(rows, _weigh_pass, total, task, shared, name)
+        ended.append(rows | f"{name}Ended" >> beam.FlatMap(_ended, one(state), before, False))
+        rows = rows | f"{name}Price" >> beam.ParDo(_Price(task, shared), one(state), before)
+        vertex = best_vertex(rows, terms, limit, view, name, task.rounds)
+        before = one(vertex)
+        held = sums_of(rows, _weigh_pass, total, task, shared, name, before)
         state = state | f"{name}Step" >> beam.Map(_step, one(held), one(vertex))
-    ended.append(rows | f"{label}Ended" >> beam.FlatMap(_ended, one(state), True))
+    ended.append(rows | f"{label}Ended" >> beam.FlatMap(_ended, one(state), before, True))
     return ended | f"{label}AllEnded" >> beam.Flatten(), state
 
 
 class _Price(TaskStep):
     """Rows with the prices of the next subproblem; none where there is none."""
 
-    def process(self, element: tuple[int, UnitRows], state: Passing) -> Iterator[tuple[int, UnitRows]]:
+    def process(
+        self, element: tuple[int, UnitRows], state: Passing, vertex: Vertex | None
+    ) -> Iterator[tuple[int, UnitRows]]:
         index, rows = element
         if state.done:
             return
-        rows = _moved(rows, state)
+        rows = _moved(rows, state, vertex)
         assert rows.alpha_n is not None
         beta_n, norm = np.zeros(len(rows)), state.sum_K.norm()
         if float(norm) > 0.0 and len(rows):
@@ -123,21 +127,24 @@ class _Price(TaskStep):
         yield index, dataclasses.replace(rows, gain_n=price_n)
 
 
-def _moved(rows: UnitRows, state: Passing) -> UnitRows:
-    if state.step <= 0.0 or rows.vertex_n is None:
+def _moved(rows: UnitRows, state: Passing, vertex: Vertex | None) -> UnitRows:
+    """Rows, whose prices `vertex` is the optimum for, after the step."""
+    if state.step <= 0.0 or vertex is None:
         return rows
     assert rows.weight_n is not None
-    return dataclasses.replace(rows, weight_n=rows.weight_n + state.step * (rows.vertex_n - rows.weight_n))
+    return dataclasses.replace(rows, weight_n=rows.weight_n + state.step * (vertex.weights(rows)[0] - rows.weight_n))
 
 
-def _ended(element: tuple[int, UnitRows], state: Passing, last: bool) -> Iterator[tuple[int, UnitRows]]:
+def _ended(
+    element: tuple[int, UnitRows], state: Passing, vertex: Vertex | None, last: bool
+) -> Iterator[tuple[int, UnitRows]]:
     if state.done or last:
-        yield element[0], _moved(element[1], state)
+        yield element[0], _moved(element[1], state, vertex)
 
 
-def _weigh_pass(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[str, float]]:
-    vertex_n, weight_n = rows.vertex_n, rows.weight_n
-    assert vertex_n is not None and weight_n is not None
+def _weigh_pass(rows: UnitRows, task: SelectionTask, vertex: Vertex) -> tuple[np.ndarray, dict[str, float]]:
+    vertex_n, weight_n = vertex.weights(rows)[0], rows.weight_n
+    assert weight_n is not None
     return vertex_n, {
         "gap": math.fsum(rows.gain_n * (vertex_n - weight_n)),
         "norms": math.fsum(rows.scale_n * (vertex_n + weight_n)),

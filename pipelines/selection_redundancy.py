@@ -16,7 +16,7 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.selection_decide import Decision, Limit, Totals, Vertex
 from pipelines.selection_greedy import Gather, Gathered, GreedySet, Likely, greedy_set, likely_of
-from pipelines.selection_passes import Chosen, Passing, best_vertex, certificate_of, frank_wolfe, with_vertex
+from pipelines.selection_passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
 from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
 from pipelines.selection_search import View, added, one
 from pipelines.selection_sums import SetSum, meets, sums_of
@@ -35,8 +35,7 @@ def penalised(
     shared: Shared,
 ) -> Chosen:
     """terms: of the linear subproblem, with its limit; plain: its `Vertex` without the price."""
-    walked = rows | "Walked" >> beam.Map(_walked) | "StartWith" >> beam.Map(with_vertex, one(plain))
-    walked = walked | "StartWeights" >> beam.Map(_at_vertex)
+    walked = rows | "Walked" >> beam.Map(_walked) | "StartWeights" >> beam.Map(at_vertex, one(plain))
     start = sums_of(walked, _weigh_present, total, task, shared, "Start")
     state = start | "Begin" >> beam.ParDo(_Begin(task, shared), one(plain))
     passed, state = frank_wolfe(walked, state, total, terms, limit, task, shared, "Relaxed")
@@ -64,10 +63,6 @@ def penalised(
 def _walked(element: tuple[int, UnitRows]) -> tuple[int, UnitRows]:
     rows = element[1].lean()
     return element[0], dataclasses.replace(rows, alpha_n=rows.gain_n)
-
-
-def _at_vertex(element: tuple[int, UnitRows]) -> tuple[int, UnitRows]:
-    return element[0], dataclasses.replace(element[1], weight_n=element[1].vertex_n, vertex_n=None)
 
 
 def _weigh_present(rows: UnitRows, task: SelectionTask) -> tuple[np.ndarray, dict[str, float]]:

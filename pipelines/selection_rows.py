@@ -5,6 +5,7 @@ Shape legend: N rows of a unit, n of them that may be chosen, in the order of sa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping
@@ -129,12 +130,8 @@ class UnitRows:
     """Over passes, where `gain_n` is the price of the present subproblem: <z_i, g>."""
     weight_n: np.ndarray | None = None
     """Over passes: the present weights."""
-    vertex_n: np.ndarray | None = None
-    """Over passes: the optimum of the present subproblem."""
     whole_n: np.ndarray | None = None
     """Over rounds of `direct`: whole samples of the present weights."""
-    vertex_whole_n: np.ndarray | None = None
-    """Over rounds of `direct`: whole samples of that optimum."""
     level_n: np.ndarray | None = None
     """Of a shortlist that may have to be longer: how many times it must double to hold a row."""
 
@@ -160,8 +157,20 @@ class UnitRows:
         return dataclasses.replace(self, **arrays, reason_N=reason_N, measures=measures)
 
     def lean(self) -> UnitRows:
-        """Without what no pass needs."""
-        return dataclasses.replace(self, reason_N=np.zeros(0, dtype=object), measures={}, domain_tokens={})
+        """Without what no pass needs, in few bytes: a pass writes down what it leaves to the next one."""
+        sample_id_n = self.sample_id_n
+        with contextlib.suppress(UnicodeEncodeError):
+            sample_id_n = sample_id_n.astype("S")
+        return dataclasses.replace(
+            self,
+            reason_N=np.zeros(0, dtype=object),
+            measures={},
+            domain_tokens={},
+            sample_id_n=sample_id_n,
+            position_n=self.position_n.astype(np.int32),
+            tokens_n=self.tokens_n.astype(np.int32),
+            group_n=self.group_n.astype(np.int16),
+        )
 
     def scalars(self, budget_unit: str) -> ScalarRows:
         """What a search reads."""

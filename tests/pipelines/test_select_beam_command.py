@@ -56,13 +56,18 @@ def test_two_workers_choose_as_memory_does_and_all_that_follows_reads_it(
         assert main([verb, run]) == 0, verb
 
 
-def test_a_killed_worker_costs_another_attempt_and_no_byte(tmp_path: Path) -> None:
+LIMITED = ("--selector", "direct-signed", "--stiff-limit", "0.8", "--stiff-limit-kind", "pool")
+PASSES = ("--shortlist", "0", "--greedy-rows", "500", "--max-iterations", "3", "--stiff-limit", "0.8")
+ROUNDS = ("--selector", "direct", "--stiff-limit", "0.6", "--max-iterations", "3")
+
+
+@pytest.mark.parametrize("settings", [LIMITED, PASSES, ROUNDS], ids=["direct-signed", "match", "direct"])
+def test_a_killed_worker_costs_another_attempt_and_no_byte(tmp_path: Path, settings: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     make_pool(run, rows=6_000, k=64, part_rows=50)
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
-    limited = ("--selector", "direct-signed", "--stiff-limit", "0.8", "--stiff-limit-kind", "pool")
-    command = ("--samples", "300", *limited, "--engine", "beam", "--workers", "2", "--name", "s")
+    command = ("--samples", "300", *settings, "--engine", "beam", "--workers", "2", "--name", "s")
     finish(start_module("lehr", "select", str(whole), *command, log=tmp_path / "whole.log"), tmp_path / "whole.log")
     log = tmp_path / "log"
     process = start_module("lehr", "select", str(run), *command, log=log)
