@@ -294,6 +294,7 @@ def _decisions() -> pa.Schema:
             _field("score", number, "filter score at the moment of choice", "metric units", True),
             _field("kept", pa.bool_(), "whether the sample was trained on"),
             _field("step_weight", number, "factor on its loss; mean 1 over the kept, 0 where not kept", "1"),
+            _field("masked_tokens", pa.int32(), "loss tokens of a kept sample that were not trained on", "tokens"),
             _field("reason", pa.string(), "why it was kept or left"),
         ]
     )

@@ -650,6 +650,7 @@ class _Builder:
                         "score": 0.1,
                         "kept": kept[i],
                         "step_weight": float(weights[i]),
+                        "masked_tokens": 0,
                         "reason": "kept" if kept[i] else "filtered",
                     }
                 )

@@ -61,6 +61,8 @@ class StepResult:
     effective_sample_size: float
     padding_share: float
     trained_tokens: int
+    masked_N: tuple[int, ...] = ()
+    """Loss tokens of the kept that were cleared; empty where tokens are not looked at."""
     geometry: Geometry | None = None
     sketched_target: bool = False
     """Whether the target's direction came from sketches, and no gradient of it was formed whole."""

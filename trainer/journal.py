@@ -128,6 +128,7 @@ def decision_rows(result: StepResult, offered: Sequence[Candidate]) -> list[dict
             "score": float(score_N[index]) if score_N is not None else None,
             "kept": index in kept,
             "step_weight": result.weight_N[index],
+            "masked_tokens": result.masked_N[index] if result.masked_N else 0,
             "reason": result.decision.reasons[index],
         }
         for index, item in enumerate(offered)

@@ -57,7 +57,9 @@ def require_one_pass(model: Any) -> None:
         raise InputError(f"{type(model).__name__} cannot be trained in one pass: {reason}. Use mode two-pass")
 
 
-def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates: int) -> tuple[Mode, str]:
+def choose_mode(
+    asked: str, model: Any, dtype: str, *, longest: int, candidates: int, granularity: str = "sample"
+) -> tuple[Mode, str]:
     """The mode and why: the one asked for, or by `auto` one pass where the model allows it and its factors take a quarter of the memory
     at most.
 
@@ -66,6 +68,8 @@ def choose_mode(asked: str, model: Any, dtype: str, *, longest: int, candidates:
     """
     if asked == "two-pass":
         return "two-pass", "asked for"
+    if asked == "auto" and granularity == "token-mask":
+        return "two-pass", "granularity token-mask clears the loss of tokens, which no held factors know of"
     if asked == "one-pass":
         require_one_pass(model)
     needed = held_bytes_per_token(model, dtype) * longest * candidates

@@ -157,7 +157,14 @@ def prepare(run: Run, settings: TrainSettings, processes: OneProcess | None = No
             begun = asked == "auto" and bool(declared)
             if begun:  # decided when the training began, perhaps on a machine with other memory
                 asked = declared or asked
-            mode, why = choose_mode(asked, model, dtype, longest=longest, candidates=sizes.largest)
+            mode, why = choose_mode(
+                asked,
+                model,
+                dtype,
+                longest=longest,
+                candidates=sizes.largest,
+                granularity=settings.granularity,
+            )
             return mode, why.replace("asked for", "as the training began") if begun else why
 
         mode, why = processes.decide(decide)

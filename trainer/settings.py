@@ -90,6 +90,10 @@ class TrainSettings:
     """Score of the filters `greedy`, `omp` and `boltzmann`: `decrease` (gain of one optimally weighted addition), `residual`, `normalised`."""
     filter_temperature: float = 0.9
     """Temperature of the filter `boltzmann`, in standard deviations of the scores."""
+    granularity: str = "sample"
+    """What of a candidate is compared, weighted and trained on: `sample` (the sum over its loss tokens), `token-mean` (their mean, so that
+    length does not count; a weight is then one of the mean), `token-mask` (as `sample`; then tokens of the kept that point away from the
+    target carry no loss; needs `alignment exact` and two passes)."""
     weights: str = "nnls"
     """Weights of the survivors: `nnls` (bounded least squares), `uniform`, `simplex` (least squares with the sum of the uniform ones),
     `unbounded` (no upper bound), `signed` (neither bound: what points away is unlearned)."""
@@ -300,6 +304,13 @@ class TrainSettings:
         for field, known in _KNOWN.items():
             if getattr(self, field) not in known:
                 raise InputError(f"unknown value {getattr(self, field)!r} of {field}: choose one of {', '.join(known)}")
+        if self.granularity == "token-mask" and self.mode == "one-pass":
+            raise InputError(
+                "granularity token-mask and mode one-pass exclude each other: without a token's loss every earlier position has another "
+                "output gradient than the one held. Use mode two-pass or auto"
+            )
+        if self.granularity == "token-mask" and self.alignment != "exact":
+            raise InputError("granularity token-mask needs the scores of tokens: use alignment exact")
         if self.shard not in ("none", "fsdp2"):
             raise InputError(f"unknown value {self.shard!r} of shard: choose one of none, fsdp2")
         if self.shard == "fsdp2" and self.mode == "one-pass":
@@ -329,6 +340,7 @@ class TrainSettings:
             weights=self.weights,
             ridge=self.ridge,
             weight_bound=self.weight_bound,
+            granularity=self.granularity,
         )
 
     def sizes(self) -> BatchSchedule:

@@ -32,7 +32,7 @@ from selection_ops.online.filters import Draw
 from selection_ops.online.metrics import Diagnostics, Geometry, geometry, get_metric, nearest_target
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.oracle import OracleReport
-from selection_ops.online.policies import Candidates, Decision, Policy, make_policy, resolve_options
+from selection_ops.online.policies import Candidates, Decision, Policy, check_granularity, make_policy, resolve_options
 from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
@@ -44,6 +44,7 @@ from trainer.oracle import one_step_oracle
 from trainer.sharding import WholeModel, whole
 from trainer.target_direction import TargetPass
 from trainer.target_memory import Directions, Several, TargetMemory, Targets, all_samples
+from trainer.token_scores import TokenScores, mask_tokens
 
 _DEFAULTS = PolicyOptions()
 Alignment = Literal["sketched", "exact"]
@@ -58,6 +59,8 @@ class Sketched:
     loss_N: list[float | None]
     align_N: Tensor
     """Exact alignments with the target; 0 where they were not asked for."""
+    score_NT: list[Tensor] | None = None
+    """What they are sums of, token by token, where that is asked for."""
 
 
 class OnlineStep:
@@ -104,6 +107,13 @@ class OnlineStep:
         self.policy = make_policy(policy, options) if isinstance(policy, str) else policy
         self._named, self._options = policy if isinstance(policy, str) else None, options
         self._policies: dict[int, Policy] = {}
+        self._granularity = options.granularity
+        check_granularity(self._named or type(policy).__name__, self.policy, options.granularity)
+        if options.granularity == "token-mask" and (mode != "two-pass" or alignment != "exact"):
+            raise InputError(
+                f"granularity token-mask needs mode two-pass and alignment exact, not {mode} and {alignment}: the scores of tokens are exact, "
+                "and without a token's loss every earlier position has another output gradient than the one held in one pass"
+            )
         self.metric = get_metric(options.metric)
         self.steps_taken = 0
         self._oracle_every, self._oracle_draws = oracle_every, oracle_draws
@@ -186,6 +196,8 @@ class OnlineStep:
         self._held = []
         started = time.perf_counter()
         space: Geometry | None = None
+        summed: Geometry | None = None
+        score_NT: list[Tensor] | None = None
         target_loss: float | None = None
         loss_N: list[float | None] = [None] * len(candidates)
         reference_N: list[float | None] | None = None
@@ -202,6 +214,7 @@ class OnlineStep:
                 self._engine.align_with(wanted.parts[0].whole)
             sketched = self._sketches(self._engine, candidates, number)
             loss_N, norm_N = sketched.loss_N, sketched.sketch_NK.double().norm(dim=1).tolist()
+            score_NT = sketched.score_NT
             if wanted is not None:
                 target_loss = wanted.loss
                 if self._processes.leads:
@@ -211,7 +224,11 @@ class OnlineStep:
                             for part in wanted.parts
                         ]
                     )
-                    space = self._exactly(space, candidates, metric.candidate_power)
+                    space = summed = self._exactly(space, candidates, metric.candidate_power)
+            if self._granularity == "token-mean":
+                counts = [item.loss_tokens for item in candidates]
+                space = None if summed is None else summed.per_token(counts)
+                norm_N = [norm / max(count, 1) for norm, count in zip(norm_N, counts)]
         elif self.measures_losses:
             loss_N = self._losses(self.layout.route, [item.encoded for item in candidates])
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
@@ -239,7 +256,12 @@ class OnlineStep:
 
         decision, weight_S = self._processes.decide(choose, kinds=(Decision, Diagnostics))
         selecting = time.perf_counter() - started
-        kept = [candidates[index] for index in decision.kept]
+        trained: Sequence[Candidate] = candidates
+        masked_N: tuple[int, ...] = ()
+        if score_NT is not None:
+            masking = mask_tokens(candidates, score_NT, decision)
+            trained, decision, masked_N = masking.candidates, masking.decision, masking.masked_N
+        kept = [trained[index] for index in decision.kept]
         weight_N = [0.0] * len(candidates)
         for index, weight in zip(decision.kept, weight_S.tolist()):
             weight_N[index] = weight
@@ -249,7 +271,7 @@ class OnlineStep:
         tried = 0.0
         if kept and self._asks_oracle(number):
             trying = time.perf_counter()
-            report = self._oracle(candidates, target, decision, weight_S, space, number)
+            report = self._oracle(trained, target, decision, weight_S, summed, number)
             tried = time.perf_counter() - trying
         if kept:
             if self._engine is not None and self._mode == "one-pass":
@@ -279,6 +301,7 @@ class OnlineStep:
             effective_sample_size=effective_sample_size(weight_S),
             padding_share=self._batches.padding_share,
             trained_tokens=sum(item.tokens for item in kept),
+            masked_N=masked_N,
             geometry=space,
             sketched_target=wanted is not None and not wanted.parts[0].formed,
             oracle=report,
@@ -295,7 +318,10 @@ class OnlineStep:
         return self._policies[n_keep]
 
     def _weights_of(self, candidates: Sequence[Candidate], places: Sequence[int], weight_S: Tensor) -> Tensor:
-        """Weights of a choice, with the stream's selection weights where they are asked for."""
+        """Weights of the losses of a choice: those of token means shared out over tokens, and the stream's where they are asked for."""
+        if self._granularity == "token-mean":
+            count_S = torch.tensor([candidates[place].loss_tokens for place in places], dtype=torch.float64)
+            weight_S = normalise(weight_S / count_S.clamp_min(1))
         if self._selection_weights:
             given_S = torch.tensor([candidates[place].selection_weight for place in places], dtype=torch.float64)
             weight_S = normalise(weight_S * given_S)
@@ -378,6 +404,7 @@ class OnlineStep:
         sketch_NK = torch.zeros(len(candidates), engine.sketch_size, dtype=wide, device=self._device)
         loss_N = torch.zeros(len(candidates), dtype=torch.float64)
         align_N = torch.zeros_like(loss_N)
+        scores = TokenScores([item.tokens for item in candidates])
         with engine:
             for indices, batch in self._batches([item.encoded for item in candidates]):
                 with self._batches.arithmetic():
@@ -388,12 +415,18 @@ class OnlineStep:
                 loss_N[indices] = found.loss_B[: len(indices)].double().cpu()
                 if found.aligned_BT is not None:
                     align_N[indices] = found.aligned_BT[: len(indices)].double().sum(1).cpu()
+                    scores.take(indices, found.aligned_BT)
         sketch_NK, loss_N = self._processes.sum(sketch_NK), self._processes.sum(loss_N)
         finite_N = torch.isfinite(loss_N) & torch.isfinite(sketch_NK).all(1).cpu()
         bad = [item for item, finite in zip(candidates, finite_N.tolist()) if not finite]
         if bad:
             raise LehrError(_not_finite(number, "loss or gradient", bad))
-        return Sketched(sketch_NK=sketch_NK, loss_N=list(loss_N.tolist()), align_N=self._processes.sum(align_N))
+        return Sketched(
+            sketch_NK=sketch_NK,
+            loss_N=list(loss_N.tolist()),
+            align_N=self._processes.sum(align_N),
+            score_NT=scores.of_all(self._processes) if self._granularity == "token-mask" else None,
+        )
 
     def _exactly(self, space: Geometry, candidates: Sequence[Candidate], power: float) -> Geometry:
         """With interactions from whole gradients, of all candidates, or of those that the policy asks for."""

@@ -72,6 +72,23 @@ class Geometry:
         gram_NN[index_S[:, None], index_S] = self.exact_gram(chosen)
         return dataclasses.replace(self, gram_NN=gram_NN, exact_gram=None)
 
+    def per_token(self, loss_tokens_N: Sequence[int]) -> Geometry:
+        """The same of the candidates' token means: K_ij / (n_i n_j) and b_i / n_i with n loss tokens; one without any stays 0."""
+        count_N = torch.tensor(list(loss_tokens_N), dtype=torch.float64).clamp_min(1)
+        exact, gram = None, self.exact_gram
+        if gram is not None:
+
+            def exact(chosen: Sequence[int]) -> Tensor:
+                count_S = count_N[list(chosen)]
+                return gram(chosen) / (count_S[:, None] * count_S)
+
+        return dataclasses.replace(
+            self,
+            gram_NN=self.gram_NN / (count_N[:, None] * count_N),
+            align_N=self.align_N / count_N,
+            exact_gram=exact,
+        )
+
 
 def geometry(
     metric: str,

@@ -6,6 +6,8 @@ import dataclasses
 
 from schemas.errors import InputError
 
+GRANULARITIES = ("sample", "token-mean", "token-mask")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
@@ -29,6 +31,9 @@ class PolicyOptions:
     """Ridge of weights and of the filter `omp`, as a share of the mean self-interaction."""
     weight_bound: float = 3.0
     """Upper bound of a weight of `nnls`, in units of the best uniform one."""
+    granularity: str = "sample"
+    """What of a candidate is compared, weighted and trained on: `sample` (the sum over its loss tokens), `token-mean` (their mean, so that
+    length does not count), `token-mask` (as `sample`, then tokens of the kept that point away from the target carry no loss)."""
 
     def __post_init__(self) -> None:
         if self.n_keep < 1:
@@ -39,3 +44,5 @@ class PolicyOptions:
             raise InputError(f"weight_bound must be positive, not {self.weight_bound}")
         if self.filter_temperature <= 0:
             raise InputError(f"filter_temperature must be positive, not {self.filter_temperature}")
+        if self.granularity not in GRANULARITIES:
+            raise InputError(f"unknown granularity {self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")

@@ -41,7 +41,7 @@ class Candidates:
     reference_loss_N: Sequence[float | None] | None = None
     """Losses under the reference model, as `loss_N`."""
     norm_N: Sequence[float] | None = None
-    """Norms of the gradients of those losses."""
+    """Norms of the gradients of those losses, or of their token means where these are compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,18 @@ def make_policy(name: str, options: PolicyOptions) -> Policy:
         get_score(given.filter_score)
         if given.weights not in SCHEMES:
             raise InputError(f"unknown weights {given.weights!r}: choose one of {', '.join(SCHEMES)}")
-    return _registered(name).build(resolved)
+    policy = _registered(name).build(resolved)
+    check_granularity(name, policy, resolved.granularity)
+    return policy
+
+
+def check_granularity(name: str, policy: Policy, granularity: str) -> None:
+    """Raises `InputError` where tokens are to be scored against a target that the policy does not look at."""
+    if granularity == "token-mask" and not policy.needs_sketches:
+        raise InputError(
+            f"granularity token-mask scores tokens against the target, and policy {name} looks at none: use granularity sample or "
+            "token-mean, or a policy that compares candidates with the target"
+        )
 
 
 OVER_BUDGET = "over the token budget"

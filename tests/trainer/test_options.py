@@ -230,6 +230,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[Outcome, Outcom
         # The same first loss; then another way down. Muon's moments are one a matrix.
         lambda a, b: a.losses()[0] == b.losses()[0] and a.losses()[1:] != b.losses()[1:],
     ),
+    "granularity": (
+        {},
+        {"granularity": "token-mean"},
+        # The same gradients in the first step, over their loss tokens.
+        lambda a, b: (
+            [d["alignment"] / d["loss_tokens"] for d in a.decisions[:8]]
+            == pytest.approx([d["alignment"] for d in b.decisions[:8]], rel=1e-12)
+            and len({d["loss_tokens"] for d in a.decisions[:8]}) > 1
+        ),
+    ),
     "alignment": (
         {},
         {"alignment": "exact"},
@@ -550,6 +560,34 @@ def test_activation_checkpointing_is_no_part_of_the_spec(world: tuple[Run, Path]
     assert "checkpoints activations" in begun[-1]["mode"]
 
 
+def test_token_masks_take_two_passes_and_say_what_they_cleared(world: tuple[Run, Path]) -> None:
+    """The first choice is that of whole samples; fewer tokens make up its loss, and the budget counts whole samples."""
+    run, folder = world
+    begun: list[dict[str, str]] = []
+
+    class Noting:
+        def __init__(self, found: Any) -> None:
+            begun.append(dict(found.choices))
+
+        def step(self, event: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    given = {"policy": "filter-then-weight", "alignment": "exact", "mode": "auto", "loggers": ("console",)}
+    for name, granularity in (("unmasked", "sample"), ("masked", "token-mask")):
+        train(run, settings(folder, name, granularity=granularity, **given), console=Noting)
+    assert begun[0]["mode"].startswith("one-pass") and "token-mask clears the loss" in begun[1]["mode"]
+    assert {row["mode"] for row in journal(run, "masked")} == {"two-pass"}
+    first, second = (journal(run, name, "decisions")[:8] for name in ("unmasked", "masked"))
+    assert [d["kept"] for d in first] == [d["kept"] for d in second]
+    assert sum(d["masked_tokens"] for d in second) > 0 == sum(d["masked_tokens"] for d in first)
+    assert all(0 <= d["masked_tokens"] < d["loss_tokens"] for d in second if d["kept"])
+    steps = [journal(run, name)[0] for name in ("unmasked", "masked")]
+    assert steps[0]["trained_tokens"] == steps[1]["trained_tokens"] and steps[0]["loss"] != steps[1]["loss"]
+
+
 def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
     run, folder = world
     for every, keep, expected in ((1, 1, [5, 6]), (2, 5, [2, 4, 6]), (50, 2, [6])):
@@ -583,6 +621,13 @@ def test_keep_checkpoints_and_checkpoint_every(world: tuple[Run, Path]) -> None:
         ({"policy": "filter-then-weight", "metric": "natural", "preconditioner": "less"}, "takes a root"),
         ({"preconditioner": "newton"}, "auto, adamw, muon"),
         ({"alignment": "close"}, "sketched, exact"),
+        ({"granularity": "token"}, "sample, token-mean, token-mask"),
+        ({"granularity": "token-mask"}, "use alignment exact"),
+        (
+            {"granularity": "token-mask", "alignment": "exact", "mode": "one-pass"},
+            "token-mask and mode one-pass exclude",
+        ),
+        ({"granularity": "token-mask", "alignment": "exact", "policy": "loss"}, "policy loss looks at none"),
         ({"optimizer": "sgd"}, "adamw, muon"),
         ({"optimizer": "muon", "shard": "fsdp2"}, "Muon steps whole matrices"),
         ({"gram": "close"}, "sketched, survivors, exact"),

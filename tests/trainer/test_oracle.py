@@ -38,11 +38,15 @@ def loss_of(model: Any, target: list[Any]) -> float:
     return sum(sample_gradients(model, item)[1] for item in target) / sum(sum(item.loss_mask) for item in target)
 
 
-@pytest.mark.parametrize("policy", ["filter-then-weight", "random"])
-def test_the_drop_is_that_of_the_step_really_taken(policy: str) -> None:
+@pytest.mark.parametrize(
+    "policy,granularity", [("filter-then-weight", "sample"), ("filter-then-weight", "token-mask"), ("random", "sample")]
+)
+def test_the_drop_is_that_of_the_step_really_taken(policy: str, granularity: str) -> None:
     """Three steps: the target's loss before and after, by dense forwards of the model itself; float64, some ten logarithms."""
     model, target = trainable(), encoded(3, seed=5)
-    step = online(model, policy, oracle_every=2, oracle_draws=3)
+    options = PolicyOptions(n_keep=3, granularity=granularity)
+    exact = {"alignment": "exact"} if granularity == "token-mask" else {}
+    step = online(model, policy, oracle_every=2, oracle_draws=3, options=options, **exact)
     for number in range(1, 5):
         before = loss_of(model, target)
         report = step.step(offer(6, number), target).oracle
@@ -54,10 +58,12 @@ def test_the_drop_is_that_of_the_step_really_taken(policy: str) -> None:
             assert (report.correlation is None) == (policy == "random")
 
 
-def test_random_drops_are_those_of_steps_on_the_drawn() -> None:
+@pytest.mark.parametrize("granularity", ["sample", "token-mean"])
+def test_random_drops_are_those_of_steps_on_the_drawn(granularity: str) -> None:
     """Each draw taken for real by a copy that keeps just those: the mean, the share beaten and the correlation by another library."""
     model, target, candidates = trainable(), encoded(3, seed=5), offer(6, 2, (1.0, 2.0, 1.0, 1.0, 3.0, 1.0))
-    step = online(model, oracle_every=2, oracle_draws=5)
+    options = PolicyOptions(n_keep=3, granularity=granularity)
+    step = online(model, oracle_every=2, oracle_draws=5, options=options)
     step.step(offer(6, 1), target)
     twin, state = copy.deepcopy(model), copy.deepcopy(step.optimizer.state_dict())
     before = loss_of(twin, target)
@@ -70,7 +76,7 @@ def test_random_drops_are_those_of_steps_on_the_drawn() -> None:
         keys = Draw(seed=0, step=2, sample_ids=[item.sample_id for item in candidates]).keys(b"oracle %d" % number)
         some = sorted(sorted(range(6), key=lambda place: keys[place])[:size])
         other = copy.deepcopy(twin)
-        taken = online(other, "full")
+        taken = online(other, "full", options=options)
         taken.optimizer.load_state_dict(copy.deepcopy(state))
         weight = np.zeros(6)
         weight[some] = taken.step([candidates[place] for place in some]).weight_N
@@ -81,6 +87,8 @@ def test_random_drops_are_those_of_steps_on_the_drawn() -> None:
     tokens = np.array([item.loss_tokens for item in candidates])
     rows = np.stack([weight / (weight * tokens).sum() for weight in shares])
     gram, align = space.gram_NN.numpy(), space.align_N.numpy()
+    if granularity == "token-mean":
+        gram, align = gram * np.outer(tokens, tokens), align * tokens
     scale = (rows[0] @ align) / (rows[0] @ gram @ rows[0])
     predicted = [scale * w @ align - 0.5 * scale**2 * w @ gram @ w for w in rows]
     assert report.correlation == pytest.approx(spearmanr(predicted, drops).statistic, rel=1e-12)

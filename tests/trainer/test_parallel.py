@@ -79,6 +79,8 @@ def assert_same_training(run: Run, one: str, other: str, *, tolerance: float) ->
         (2, {"policy": "loss", "oracle-every": 2}),
         pytest.param(2, {"target-mode": "ema", "target-refresh": 2, "targets": "max"}, marks=pytest.mark.slow),
         pytest.param(2, {"policy": "less-online"}, marks=pytest.mark.slow),
+        pytest.param(2, {"granularity": "token-mask", "alignment": "exact"}, marks=pytest.mark.slow),
+        pytest.param(3, {"granularity": "token-mean", "mode": "one-pass"}, marks=pytest.mark.slow),
         pytest.param(2, {"policy": "grad-norm", "oracle-every": 3}, marks=pytest.mark.slow),
         pytest.param(4, {"policy": "match", "oracle-every": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"mode": "one-pass", "precondition": "rank-one"}, marks=pytest.mark.slow),

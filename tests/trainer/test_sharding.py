@@ -46,6 +46,7 @@ def test_shards_decide_and_train_as_the_whole(
     [
         (3, {"precondition": "rank-one"}),
         (2, {"alignment": "exact"}),
+        (2, {"alignment": "exact", "granularity": "token-mask"}),
         (2, {"metric": "opus"}),
         (2, {"policy": "loss", "oracle-every": 3, "oracle-draws": 2}),
         (2, {"policy": "grad-norm", "mode": "auto"}),
