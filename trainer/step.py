@@ -37,11 +37,12 @@ from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
+from trainer.clipping import clip_gradients, names_of, not_finite
 from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
 from trainer.optimizers import AnyOptimizer
 from trainer.oracle import one_step_oracle
-from trainer.sharding import WholeModel, whole
+from trainer.sharding import WholeModel
 from trainer.target_direction import TargetPass
 from trainer.target_memory import Directions, Several, TargetMemory, Targets, all_samples
 from trainer.token_scores import TokenScores, mask_tokens
@@ -233,7 +234,7 @@ class OnlineStep:
             loss_N = self._losses(self.layout.route, [item.encoded for item in candidates])
             bad = [item for item, value in zip(candidates, loss_N) if not math.isfinite(value or 0.0)]
             if bad:
-                raise LehrError(_not_finite(number, "loss", bad))
+                raise LehrError(not_finite(number, "loss", bad))
         if self._reference is not None:
             reference_N = self._losses(self._reference, [item.encoded for item in candidates])
 
@@ -281,7 +282,7 @@ class OnlineStep:
                 for index, value in zip(decision.kept, kept_loss_S):
                     loss_N[index] = value if loss_N[index] is None else loss_N[index]
             self.layout.sum_gradients(self._parameters)
-            grad_norm, grad_norm_l1, clip_factor = self._clip_gradients(kept, number)
+            grad_norm, grad_norm_l1, clip_factor = clip_gradients(self._parameters, self._clip, kept, number)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.steps_taken = number
@@ -367,7 +368,7 @@ class OnlineStep:
             kept = [candidates[place] for place in places]
             self._backward(kept, weight_S, number)
             self.layout.sum_gradients(self._parameters)
-            self._clip_gradients(kept, number)
+            clip_gradients(self._parameters, self._clip, kept, number)
             self.optimizer.step()
 
         counted, self._batches = self._batches, copy.copy(self._batches)  # what is tried out is not part of the step
@@ -420,7 +421,7 @@ class OnlineStep:
         finite_N = torch.isfinite(loss_N) & torch.isfinite(sketch_NK).all(1).cpu()
         bad = [item for item, finite in zip(candidates, finite_N.tolist()) if not finite]
         if bad:
-            raise LehrError(_not_finite(number, "loss or gradient", bad))
+            raise LehrError(not_finite(number, "loss or gradient", bad))
         return Sketched(
             sketch_NK=sketch_NK,
             loss_N=list(loss_N.tolist()),
@@ -455,7 +456,7 @@ class OnlineStep:
         normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weight_N, candidates))
         if normaliser <= 0:
             kept = [item for item, weight in zip(candidates, weight_N) if weight]
-            raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(kept)}")
+            raise LehrError(f"step {number}: no kept sample has a token that carries loss: {names_of(kept)}")
         self.optimizer.zero_grad(set_to_none=True)
         named = {name: p for name, p in causal_model(self.model).named_parameters() if p.requires_grad}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -477,7 +478,7 @@ class OnlineStep:
         weights = weight_S.tolist()
         normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weights, items))
         if normaliser <= 0:
-            raise LehrError(f"step {number}: no kept sample has a token that carries loss: {_ids(items)}")
+            raise LehrError(f"step {number}: no kept sample has a token that carries loss: {names_of(items)}")
         loss_S = torch.zeros(len(items), dtype=torch.float64)
         self.model.train()
         for indices, batch in self._batches([item.encoded for item in items]):
@@ -491,32 +492,5 @@ class OnlineStep:
         bad = [item for item, value in zip(items, losses) if not math.isfinite(value)]
         if bad:
             self.optimizer.zero_grad(set_to_none=True)
-            raise LehrError(_not_finite(number, "loss", bad))
+            raise LehrError(not_finite(number, "loss", bad))
         return sum(weight * value for weight, value in zip(weights, losses)) / normaliser, losses
-
-    def _clip_gradients(self, kept: Sequence[Candidate], number: int) -> tuple[float, float, float]:
-        """Clip by the L2 norm; returns that and the L1 norm, both before, and the factor."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
-        if not norm < float("inf"):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise LehrError(_not_finite(number, f"norm of the gradient ({norm})", kept))
-        norm_l1 = float(whole(torch.nn.utils.get_total_norm(gradients, norm_type=1.0)))
-        # The constant is torch's and transformers': a zero gradient is not divided by zero.
-        factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
-        if factor < 1.0:
-            for gradient in gradients:
-                gradient.mul_(factor)
-        return norm, norm_l1, factor
-
-
-def _not_finite(number: int, what: str, items: Sequence[Candidate]) -> str:
-    return (
-        f"step {number}: {what} is not finite; nothing was updated. Samples: {_ids(items)}. Lower the learning rate, use "
-        "--dtype float32, or leave these samples out"
-    )
-
-
-def _ids(items: Sequence[Candidate], most: int = 8) -> str:
-    names = [item.sample_id for item in items]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
