@@ -11,13 +11,12 @@ from apache_beam.pvalue import AsSingleton, PCollection
 from apache_beam.utils.shared import Shared
 
 from pipelines.results import GatherResults
+from pipelines.selection_choice import UnitChoice, choice_of
 from pipelines.selection_decide import (
     Decision,
     Limit,
     Totals,
-    UnitChoice,
     asked_limit,
-    choice_of,
     decide_linear,
     decide_ranking,
     met_limit,

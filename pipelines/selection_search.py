@@ -250,6 +250,17 @@ def placed(unit: UnitRows, position: np.ndarray, rows: ScalarRows) -> PlacedRows
     )
 
 
+def find(rows: UnitRows, position_n: np.ndarray) -> np.ndarray:
+    """Where these rows of the unit stand among the n."""
+    order = np.argsort(rows.position_n)
+    return order[np.searchsorted(rows.position_n[order], position_n)]
+
+
+def by_unit(place_m: np.ndarray, position_m: np.ndarray) -> dict[int, np.ndarray]:
+    """Rows of units, ascending, by unit."""
+    return {int(place): np.sort(position_m[place_m == place]) for place in np.unique(place_m)}
+
+
 def _by_level(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, or where it is given `Many` of something, the step of each with the view of its level."""
 

@@ -13,7 +13,8 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import PCollection
 
-from pipelines.selection_decide import Limit, Totals, UnitChoice, by_unit, can_spend, find, smallest_cost
+from pipelines.selection_choice import UnitChoice
+from pipelines.selection_decide import Limit, Totals, can_spend, smallest_cost
 from pipelines.selection_rows import SelectionTask, UnitRows
 from pipelines.selection_search import (
     Known,
@@ -22,6 +23,8 @@ from pipelines.selection_search import (
     Sure,
     View,
     added,
+    by_unit,
+    find,
     leaders_of,
     one,
     search,

@@ -17,7 +17,7 @@ from apache_beam.pvalue import AsSingleton, PCollection
 from apache_beam.utils.shared import Shared
 
 from pipelines.select import selection_footer, selection_table
-from pipelines.selection_decide import UnitChoice
+from pipelines.selection_choice import UnitChoice
 from pipelines.selection_rows import SelectionContext, SelectionTask
 from pipelines.selection_search import added
 from schemas.parquet import write_table

@@ -174,10 +174,15 @@ CASES: dict[str, tuple[Budget, dict[str, Any]]] = {
     "match-pool-tokens": (TOKENS, {"selector": "match", **POOL}),
     "match-pool-short": (Budget(samples=200), {"selector": "match", "allow_short": True, **POOL}),
     "match-pool-limit": (TOKENS, {"selector": "match", "stiff_limit": 0.5, "stiff_limit_kind": "pool", **POOL}),
+    "match-nearly-all": (Budget(tokens=225_000), {"selector": "match", **POOL}),
     "match-long": (Budget(samples=120), {"selector": "match", "greedy_rows": 150, "max_iterations": 3}),
     "match-blocks": (Budget(samples=200), {"selector": "match", **POOL}),
     "direct": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "max_iterations": 2}),
     "direct-to-the-end": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "max_iterations": 12}),
+    "direct-target": (
+        SAMPLES,
+        {"selector": "direct", "stiff_limit": 0.5, "stiff_limit_kind": "target", "max_iterations": 2},
+    ),
     "direct-raised": (SAMPLES, {"selector": "direct", "if_infeasible": "raise", "max_iterations": 4}),
     "direct-fractional": (SAMPLES, {"selector": "direct", "stiff_limit": 0.6, "fractional": True, "max_iterations": 9}),
     "direct-restarts": (
@@ -185,6 +190,7 @@ CASES: dict[str, tuple[Budget, dict[str, Any]]] = {
         {"selector": "direct", "stiff_limit": 0.75, "restarts": 2, "max_iterations": 4, "seed": 3, **QUOTAS},
     ),
     "redundancy": (SAMPLES, {"selector": "direct-signed", "redundancy": 0.7, "max_iterations": 4}),
+    "redundancy-to-the-end": (SAMPLES, {"selector": "direct-signed", "redundancy": 0.2, "max_iterations": 25}),
     "redundancy-tokens": (TOKENS, {"selector": "direct-signed", "redundancy": 1.0, "max_iterations": 4, **QUOTAS}),
     "redundancy-limit": (
         SAMPLES,
