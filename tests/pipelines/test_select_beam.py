@@ -391,14 +391,15 @@ def test_ties_copies_across_units_broken_values_and_empty_units(
 
 
 @pytest.mark.slow
-def test_bytes_do_not_depend_on_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["signed-pool", "match-fractional", "direct-to-the-end"])
+def test_bytes_do_not_depend_on_workers(run: Run, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """All with the samples and edges of real work, because those of this process alone could be others."""
     monkeypatch.undo()
-    budget, changes = CASES["signed-pool"]
-    settings = SelectorSettings(**changes)
-    folder = Path(run.path(run.selection_folder("workers")))
+    budget, changes = CASES[case]
+    settings, name = SelectorSettings(**changes), f"workers-{case}"
+    folder = Path(run.path(run.selection_folder(name)))
     seen = []
     for workers in (1, 2, 3):
-        run_select_beam(run, "workers", "base", "target", budget, settings, Execution(workers=workers), rounds=1)
+        run_select_beam(run, name, "base", "target", budget, settings, Execution(workers=workers), rounds=1)
         seen.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(seen[0]) == 7 and seen[0] == seen[1] == seen[2]
