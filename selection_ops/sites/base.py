@@ -10,15 +10,11 @@ Legend: B samples, T tokens, O x I a matrix gradient, R projection rank, n numbe
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-
-from schemas.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,19 +127,6 @@ def site_type(kind: type[nn.Module] | None = None) -> Callable[[type[SiteType]],
         return found
 
     return register
-
-
-@functools.cache
-def load_installed() -> None:
-    """Import the site types that installed packages name. Raises `InputError` naming the package of one that cannot be."""
-    for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (point.name, point.value)):
-        try:
-            found.load()
-        except Exception as error:  # whatever a package of someone else's raises
-            package = found.dist.name if found.dist else "an installed package"
-            raise InputError(
-                f"site type {found.name!r} ({found.value}) of {package} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
 
 
 def type_of(module: nn.Module) -> type[SiteType] | None:

@@ -9,15 +9,16 @@ from collections.abc import Collection
 from typing import Any
 
 from schemas.errors import InputError
+from schemas.plugins import load_installed
 from schemas.spec import Attribute, InputGroup, SmallSite
 from selection_ops.model import causal_model
 from selection_ops.sites.base import (
+    ENTRY_POINTS,
     MatrixParameter,
     Parameter,
     SiteType,
     SmallParameter,
     known_types,
-    load_installed,
     type_of,
 )
 from selection_ops.sites.embedding import Embedding
@@ -159,7 +160,7 @@ def outside_blocks(model: Any) -> set[str]:
 
 def search(model: Any) -> ModelSites:
     """Every site of a model, found by two forwards of two samples of three tokens that differ in the second sample."""
-    load_installed()
+    load_installed(ENTRY_POINTS, "site type")
     model = causal_model(model)
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())

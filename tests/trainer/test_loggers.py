@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lehr.cli import EXIT_ERROR, main
+from schemas import plugins
 from schemas.errors import InputError
 from schemas.run import Run
 from selection_ops.flops import ModelSize, model_size
@@ -160,11 +161,11 @@ def test_a_package_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatc
         def load(self) -> None:
             raise ModuleNotFoundError("no module named wall")
 
-    monkeypatch.setattr(base, "entry_points", lambda group: [Point()])
-    base._load_installed.cache_clear()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Point()])
+    plugins.load_installed.cache_clear()
     with pytest.raises(InputError, match=r"logger 'paper' \(my_loggers\) of an installed package cannot be loaded"):
         get_logger("paper")
-    base._load_installed.cache_clear()
+    plugins.load_installed.cache_clear()
 
 
 # Measures.

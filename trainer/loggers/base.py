@@ -8,14 +8,13 @@ result: it cannot change a training, and the journal holds the same figures.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from schemas.errors import InputError
+from schemas.plugins import load_installed
 
 ENTRY_POINTS = "lehr.loggers"
 
@@ -105,22 +104,9 @@ def _own() -> list[str]:
     return [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "base"]
 
 
-@functools.cache
-def _load_installed() -> None:
-    """Import what installed packages name. Raises `InputError` naming the package of one that cannot be."""
-    for found in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (point.name, point.value)):
-        try:
-            found.load()
-        except Exception as error:  # whatever a package of someone else's raises
-            package = found.dist.name if found.dist else "an installed package"
-            raise InputError(
-                f"logger {found.name!r} ({found.value}) of {package} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
-
-
 def logger_names() -> list[str]:
     """Every logger there is; of those that ship with Lehr a module is named as its logger."""
-    _load_installed()
+    load_installed(ENTRY_POINTS, "logger")
     return sorted({*_own(), *_REGISTRY})
 
 
