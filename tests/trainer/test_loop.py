@@ -17,7 +17,7 @@ from schemas.errors import InputError, LehrError
 from schemas.manifest import Manifest
 from schemas.parquet import read_part, read_table
 from schemas.run import Run
-from schemas.storage import list_names
+from schemas.storage import TEMPORARY_PREFIX, list_names
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.trainer.streams import make_run, ranked, sample, texts, write_stream
 from trainer.loop import Progress, _Training, train
@@ -55,11 +55,15 @@ def journal(run: Run, name: str, table: str = "steps") -> list[dict[str, Any]]:
 
 
 def results(run: Run, name: str) -> dict[str, bytes]:
-    """Bytes of everything that two equal trainings must share: manifest, journal, every checkpoint."""
+    """Bytes of everything that two equal trainings must share: manifest, journal, every checkpoint.
+
+    Not what a killed process was writing, which no manifest may list.
+    """
     folder = Path(run.path(run.training_folder(name)))
     files = [p for p in folder.rglob("*") if p.is_file() and "timings" not in p.parts]
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in files if not p.name.startswith(TEMPORARY_PREFIX)}
     found["manifest"] = Path(run.path(run.manifest_path("train", name))).read_bytes()
+    assert TEMPORARY_PREFIX.encode() not in found["manifest"]
     return found
 
 
