@@ -213,6 +213,7 @@ def test_a_corpus_without_a_row_is_an_error_that_names_it(tmp_path: Path, lehr: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_document_of_5_mb_is_windowed_in_seconds(tmp_path: Path) -> None:
     rng = random.Random(4)
     text = " ".join(sentence(rng) for _ in range(40_000))[: 5 << 20]

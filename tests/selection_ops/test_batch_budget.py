@@ -189,6 +189,7 @@ def test_other_errors_are_not_taken_for_want_of_memory() -> None:
         search(engine)
 
 
+@pytest.mark.slow
 def test_a_real_engine_on_the_cpu() -> None:
     """GPT-2 here has 512 positions: a longer sample would be an error."""
     model, before = tiny_gpt2(), ProcessMemory()

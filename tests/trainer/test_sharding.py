@@ -75,6 +75,7 @@ def test_other_families_and_tied_weights(tmp_path: Path, kind: str) -> None:
 CUT: dict[str, Any] = {"mode": "two-pass", "epochs": 3, "checkpoint-every": 3, "candidates": 7, "shard": "fsdp2"}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_whole_and_resumed_in_any_number_of_processes(tmp_path: Path) -> None:
     """Cut over three, killed; cut over two, killed; whole in one to the end: the same candidates, and losses to rounding."""
     whole = make_run(tmp_path / "whole", samples=49)
