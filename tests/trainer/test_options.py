@@ -534,12 +534,8 @@ def test_a_training_by_muon_resumes_exactly(world: tuple[Run, Path], tmp_path: P
     assert results(run, "muon") == before
 
 
-def test_activation_checkpointing_is_no_part_of_the_spec(world: tuple[Run, Path]) -> None:
-    """The same weights and losses; `auto` then takes two passes, which the journal and what is printed say."""
-    run, folder = world
-    given = {"policy": "filter-then-weight", "checkpoint_every": 1, "loggers": ("console",)}
-    train(run, settings(folder, "stored", **given))
-    begun: list[dict[str, str]] = []
+def noting(begun: list[dict[str, str]]) -> type:
+    """A console that writes down what was decided at the start of a training, and nothing else."""
 
     class Noting:
         def __init__(self, found: Any) -> None:
@@ -551,11 +547,23 @@ def test_activation_checkpointing_is_no_part_of_the_spec(world: tuple[Run, Path]
         def close(self) -> None:
             pass
 
-    train(run, settings(folder, "recomputed", activation_checkpointing=True, **given), console=Noting)
+    return Noting
+
+
+def test_activation_checkpointing_is_no_part_of_the_spec(world: tuple[Run, Path]) -> None:
+    """The same weights and losses; `auto` then takes two passes, which the journal and what is printed say."""
+    run, folder = world
+    given = {"policy": "filter-then-weight", "checkpoint_every": 1, "loggers": ("console",)}
+    train(run, settings(folder, "stored", **given))
+    begun: list[dict[str, str]] = []
+
+    train(run, settings(folder, "recomputed", activation_checkpointing=True, **given), console=noting(begun))
     assert journal(run, "stored") == journal(run, "recomputed")
     first, second = (weights(run, name, 3) for name in ("stored", "recomputed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    train(run, settings(folder, "auto", activation_checkpointing=True, **{**given, "mode": "auto"}), console=Noting)
+    train(
+        run, settings(folder, "auto", activation_checkpointing=True, **{**given, "mode": "auto"}), console=noting(begun)
+    )
     assert {row["mode"] for row in journal(run, "auto")} == {"two-pass"}
     assert "checkpoints activations" in begun[-1]["mode"]
 
@@ -565,19 +573,9 @@ def test_token_masks_take_two_passes_and_say_what_they_cleared(world: tuple[Run,
     run, folder = world
     begun: list[dict[str, str]] = []
 
-    class Noting:
-        def __init__(self, found: Any) -> None:
-            begun.append(dict(found.choices))
-
-        def step(self, event: Any) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
     given = {"policy": "filter-then-weight", "alignment": "exact", "mode": "auto", "loggers": ("console",)}
     for name, granularity in (("unmasked", "sample"), ("masked", "token-mask")):
-        train(run, settings(folder, name, granularity=granularity, **given), console=Noting)
+        train(run, settings(folder, name, granularity=granularity, **given), console=noting(begun))
     assert begun[0]["mode"].startswith("one-pass") and "token-mask clears the loss" in begun[1]["mode"]
     assert {row["mode"] for row in journal(run, "masked")} == {"two-pass"}
     first, second = (journal(run, name, "decisions")[:8] for name in ("unmasked", "masked"))
