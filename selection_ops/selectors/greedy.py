@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from selection_ops.selectors import rows
 from selection_ops.selectors.relaxed import SetObjective
 from selection_ops.selectors.seconds import spent
 from selection_ops.selectors.threshold import FeasibleSet
 
-COLUMN_BATCH = 128
+COLUMN_BATCH = 96
 """Gram columns computed at once: reading the rows costs as much for one column as for these."""
 COLUMN_BYTES = 3 << 29
 """Gram columns kept for later additions; the oldest go first."""
+SHRINK_AT = 3 / 4
+"""Share of the rows still free at which those that were added are left out of what is computed from then on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,50 +53,75 @@ def greedy(
     Ties go to the smaller row. <s, z_j> is kept for every row in float64 and updated by one Gram column an addition; columns are computed for
     the likeliest next rows together. `cut_at_peak` keeps the path up to its largest objective. Source: selection.md section 2.
     """
-    count = len(scale_m)
-    norm_sq_m = torch.linalg.vecdot(unit_mK, unit_mK).numpy().astype(np.float64) * scale_m**2
-    cross_m = np.zeros(count)
-    guard = _Guard(feasible, count)
+    live = _Live(unit_mK, scale_m, alpha_m)
+    guard = _Guard(feasible, len(scale_m))
     columns: dict[int, np.ndarray] = {}
     total, square = 0.0, 0.0
     order: list[int] = []
     reached: list[float] = []
     squares: list[float] = []
-    up, down, value_m, rank_m = np.empty(count), np.empty(count), np.empty(count), np.empty(count)
     while True:
         open_m = guard.open()
         if not open_m.any():
             break
-        np.add(alpha_m, total, out=up)
-        np.multiply(cross_m, 2.0, out=down)
-        np.add(down, norm_sq_m, out=down)
+        up, down, value_m, rank_m = live.up_m, live.down_m, live.value_m, live.rank_m
+        np.add(live.alpha_m, total, out=up)
+        np.multiply(live.cross_m, 2.0, out=down)
+        np.add(down, live.norm_sq_m, out=down)
         np.add(down, square, out=down)
         objective.values(up, down, out=value_m)
         np.copyto(rank_m, value_m)
         if objective.per_size:
             rank_m -= reached[-1] if reached else 0.0
-            rank_m /= feasible.size_n
+            rank_m /= guard.feasible.size_n
         rank_m[~open_m] = -np.inf
         best = int(rank_m.argmax())
-        if best not in columns:
+        row = int(live.row_m[best])
+        if row not in columns:
             # Only rows without a column, so that every batch is a full one: the product reads all rows for one as for many.
-            rank_m[list(columns)] = -np.inf
-            likely = np.argpartition(-rank_m, min(COLUMN_BATCH, count - 1))[:COLUMN_BATCH]
-            wanted = [best] + [int(j) for j in likely if open_m[j] and j != best and int(j) not in columns]
-            wanted = wanted[:COLUMN_BATCH]
-            for j, column in zip(wanted, (unit_mK[wanted] @ unit_mK.T).numpy(), strict=True):
-                columns[j] = column.copy()
-            while len(columns) * count * 4 > COLUMN_BYTES and next(iter(columns)) != best:
+            rank_m[np.searchsorted(live.row_m, np.fromiter(columns, dtype=np.int64))] = -np.inf
+            likely = np.argpartition(-rank_m, min(COLUMN_BATCH, len(rank_m) - 1))[:COLUMN_BATCH]
+            wanted = [best, *(int(at) for at in likely if at != best and rank_m[at] > -np.inf)][:COLUMN_BATCH]
+            for at, column in zip(wanted, rows.gram_rows(live.unit_mK, np.array(wanted)), strict=True):
+                columns[int(live.row_m[at])] = column.copy()
+            while len(columns) * len(rank_m) * 4 > COLUMN_BYTES and next(iter(columns)) != row:
                 columns.pop(next(iter(columns)))
-        cross_m += (columns.pop(best).astype(np.float64) * scale_m) * scale_m[best]
+        live.cross_m += (columns.pop(row).astype(np.float64) * live.scale_m) * live.scale_m[best]
         total, square = float(up[best]), float(down[best])
-        order.append(best)
+        order.append(row)
         reached.append(float(value_m[best]))
         squares.append(square)
         guard.take(best)
-    kept = int(np.argmax(reached)) + 1 if cut_at_peak and order else len(order)
-    order, reached, squares = order[:kept], reached[:kept], squares[:kept]
+        free = np.count_nonzero(guard.free)
+        if free <= SHRINK_AT * len(live.row_m):
+            kept = np.flatnonzero(guard.free)
+            guard.restrict(kept)
+            live.restrict(kept)
+            columns = {j: column[kept] for j, column in columns.items()}
+    count = int(np.argmax(reached)) + 1 if cut_at_peak and order else len(order)
+    order, reached, squares = order[:count], reached[:count], squares[:count]
     return Path(order_m=np.array(order, dtype=np.int64), objective=reached, square_m=np.array(squares))
+
+
+class _Live:
+    """What is known of the rows that may still be added, in their order; rows that were added need no more products."""
+
+    def __init__(self, unit_mK: torch.Tensor, scale_m: np.ndarray, alpha_m: np.ndarray) -> None:
+        self.row_m = np.arange(len(scale_m))
+        self.unit_mK, self.scale_m, self.alpha_m = unit_mK, scale_m, alpha_m
+        self.norm_sq_m = torch.linalg.vecdot(unit_mK, unit_mK).numpy().astype(np.float64) * scale_m**2
+        self.cross_m = np.zeros(len(scale_m))
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        self.up_m, self.down_m, self.value_m, self.rank_m = np.empty((4, len(self.row_m)))
+
+    def restrict(self, kept: np.ndarray) -> None:
+        """Leave all but these positions out."""
+        self.unit_mK = self.unit_mK[torch.from_numpy(kept)]
+        for name in ("row_m", "scale_m", "alpha_m", "norm_sq_m", "cross_m"):
+            setattr(self, name, getattr(self, name)[kept])
+        self._make_buffers()
 
 
 class _Guard:
@@ -104,10 +132,19 @@ class _Guard:
         self.left = feasible.budget
         self.free = np.ones(count, dtype=bool)
         self.spent = 0.0
-        self.cost_order: np.ndarray | None = None
-        if feasible.cost_n is not None and feasible.limit is not None:
-            self.cost_order = np.argsort(feasible.cost_n, kind="stable")
+        self.cost_order = self._by_cost()
         self.used_D = None if feasible.caps_D is None else np.zeros(len(feasible.caps_D))
+
+    def _by_cost(self) -> np.ndarray | None:
+        if self.feasible.cost_n is None or self.feasible.limit is None:
+            return None
+        return np.argsort(self.feasible.cost_n, kind="stable")
+
+    def restrict(self, kept: np.ndarray) -> None:
+        """Go on over these positions alone; the others must have been taken."""
+        self.feasible = self.feasible.restricted(kept)
+        self.free = self.free[kept]
+        self.cost_order = self._by_cost()
 
     def open(self) -> np.ndarray:
         """Rows that fit."""

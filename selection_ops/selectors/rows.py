@@ -121,6 +121,18 @@ def dot_chosen(unit_NK: torch.Tensor, index_n: np.ndarray, vector_K: torch.Tenso
     return out_n
 
 
+def gram_rows(unit_mK: torch.Tensor, index_P: np.ndarray) -> np.ndarray:
+    """<row, chosen row> of float32 rows for every chosen row; float32 [P, m]."""
+    chosen_PK = unit_mK[torch.as_tensor(index_P)]
+    out_Pm = torch.empty(len(index_P), len(unit_mK))
+
+    def work(begin: int, end: int) -> None:
+        torch.mm(chosen_PK, unit_mK[begin:end].T, out=out_Pm[:, begin:end])
+
+    _in_groups(len(unit_mK), work, size=BLOCK_ROWS)
+    return out_Pm.numpy()
+
+
 class _Chosen:
     """Rows of a matrix by index, a block at a time, as they are stored."""
 
@@ -143,9 +155,8 @@ def _blocks(begin: int, end: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK_ROWS, end)) for start in range(begin, end, BLOCK_ROWS)]
 
 
-def _in_groups(n_rows: int, work: Callable[[int, int], None]) -> None:
-    """Calls work(begin, end) for every group of blocks, in as many threads as torch has; each multiplies by itself."""
-    size = BLOCK_ROWS * GROUP_BLOCKS
+def _in_groups(n_rows: int, work: Callable[[int, int], None], size: int = BLOCK_ROWS * GROUP_BLOCKS) -> None:
+    """Calls work(begin, end) for every group of rows, in as many threads as torch has; each multiplies by itself."""
     groups = [(begin, min(begin + size, n_rows)) for begin in range(0, n_rows, size)]
     threads = torch.get_num_threads()
 
