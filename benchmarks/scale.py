@@ -3,9 +3,9 @@
     python benchmarks/scale.py --sizes 100000 300000 1000000 --k 2048 --out scale.json
     python benchmarks/scale.py --sizes 1000000 10000000 --k 256 --cases cosine_columns --out scale-256.json
 
-Every size is a pool of `pools.py` and every figure a `lehr select` of `selection.py` in a process of its own. The budget is a
-fixed share of the rows, so a case whose work is linear in rows has an `exponent` of 1: the slope of log CPU seconds (all threads;
-other work on the machine counts little) over log rows. Wall seconds stand beside.
+Every size is a pool of `pools.py` and every figure a `lehr select` of `selection.py` in a process of its own, the one with the
+median of CPU seconds over rounds. The budget is a fixed share of the rows, so a case whose work is linear in rows has an `exponent`
+of 1: the slope of log CPU seconds (all threads; other work on the machine counts little) over log rows. Wall seconds stand beside.
 
 `plan` costs one selection of `--rows-planned` rows from the fit: bytes, passes, workers, hours. Every row count that was not run is
 marked `extrapolated`.
@@ -42,6 +42,8 @@ class Settings:
     """Rows of a part."""
     cases: tuple[str, ...] = ("cosine_columns", "direct")
     """Cases of `selection.py`."""
+    rounds: int = 3
+    """Rounds; figures are medians. The first after a pool was written is often the slowest."""
     threads: int = 2
     """Threads of reading and of products."""
     rows_planned: int = 1_000_000_000
@@ -98,7 +100,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         pool_bytes[rows] = warm(folder)
         given = SelectionSettings(rows=rows, k=settings.k, part_rows=settings.part_rows, threads=settings.threads)
         for case in settings.cases:
-            found = in_process(given, folder, case, False)
+            rounds = [in_process(given, folder, case, False) for _ in range(settings.rounds)]
+            found = sorted(rounds, key=lambda taken: taken["cpu_seconds"])[(len(rounds) - 1) // 2]
             runs[case][rows] = found
             print(
                 f"{rows} rows, {case}: {found['seconds']:.2f} s, {found['cpu_seconds']:.2f} CPU s, {found['peak_rss_gb']:.2f} GB",
