@@ -66,6 +66,10 @@ class StepResult:
     geometry: Geometry | None = None
     sketched_target: bool = False
     """Whether the target's direction came from sketches, and no gradient of it was formed whole."""
+    formed_candidates: bool = False
+    """Whether the gradient of every candidate was formed whole to be sketched."""
+    exact_gram: tuple[int, ...] = ()
+    """Candidates whose interactions came from whole gradients."""
     oracle: OracleReport | None = None
     """What the oracle found, at steps where it was asked."""
     selection_seconds: float = 0.0

@@ -20,7 +20,7 @@ from schemas.run import Run
 from schemas.storage import join, read_bytes, sha256, sweep_temporary
 from schemas.timings import HeartbeatWriter
 from selection_ops.encoding import Encoded
-from selection_ops.flops import model_size
+from selection_ops.flops import maps_size, model_size
 from selection_ops.optimizer_state import read_optimizer
 from trainer.averages import Averages
 from trainer.batches import StepBatches
@@ -143,6 +143,7 @@ class _Training:
             target_refresh=settings.target_refresh,
             targets=settings.targets,  # type: ignore[arg-type]
         )
+        self.maps = maps_size(ready.model, self.online.compared_sites)
         self.evaluated = StepBatches(
             batch_tokens=settings.batch_tokens,
             dtype=ready.dtype,
@@ -295,7 +296,10 @@ class _Training:
             kept=[offered[index].tokens for index in result.decision.kept],
             target=[len(item.ids) for item in all_samples(target)] if result.target_loss is not None else [],
             sketched_target=result.sketched_target,
+            maps=self.maps,
             exact_alignment=self.settings.alignment == "exact" and bool(target),
+            formed=result.formed_candidates,
+            exact_gram=[offered[index].tokens for index in result.exact_gram],
         )
 
     def finish(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from selection_ops.flops import ModelSize
+from selection_ops.flops import MapsSize, ModelSize
 
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _PROBE_S = 0.1
@@ -34,14 +34,18 @@ def step_flops(
     kept: Sequence[int],
     target: Sequence[int] = (),
     sketched_target: bool = False,
+    maps: MapsSize | None = None,
     exact_alignment: bool = False,
+    formed: bool = False,
+    exact_gram: Sequence[int] = (),
     measured: Sequence[int] = (),
     reference: ModelSize | None = None,
 ) -> StepFlops:
     """FLOPs of a step in `mode` over candidates, kept and target samples of these lengths, in tokens.
 
-    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient; `exact_alignment`, that
-    candidates were aligned with that. Losses of `measured` were taken before the choice by a forward pass; those of `offered` under a
+    `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient. Of the `maps` that candidates
+    are compared by: `exact_alignment` says that candidates were aligned with the target's whole gradient, `formed` that their own were formed to
+    be projected, and `exact_gram` holds the lengths of those whose interactions came from whole gradients. Losses of `measured` were taken before the choice by a forward pass; those of `offered` under a
     `reference` model too.
     """
     trained = size.trained(kept)
@@ -49,8 +53,10 @@ def step_flops(
     if mode == "plain":
         return StepFlops(total=compared + trained, selection=compared)
     compared += size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
-    if exact_alignment:
-        compared += size.aligned(offered)
+    if maps is not None:
+        compared += maps.aligned(offered) if exact_alignment else 0.0
+        compared += maps.formed(offered) if formed else 0.0
+        compared += maps.interactions(exact_gram)
     total = compared + (size.formed(kept) if mode == "one-pass" else trained)
     return StepFlops(total=total, selection=total - trained)
 

@@ -34,7 +34,7 @@ from selection_ops.online.options import PolicyOptions
 from selection_ops.online.oracle import OracleReport
 from selection_ops.online.policies import Candidates, Decision, Policy, check_granularity, make_policy, resolve_options
 from selection_ops.online.weights import effective_sample_size, normalise
-from selection_ops.sites import find_sites
+from selection_ops.sites import Site, find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
 from trainer.clipping import clip_gradients, names_of, not_finite
@@ -130,6 +130,7 @@ class OnlineStep:
         self._engine: GradientEngine | None = None
         self._target: TargetMemory | None = None
         self._held: list[tuple[list[int], HeldBatch]] = []
+        self._exact_rows: tuple[int, ...] = ()
         self._reference: HeadRoute | None = None
         if reference_model is not None and self.policy.needs_reference_losses:
             self._reference = HeadRoute(reference_model)
@@ -195,6 +196,7 @@ class OnlineStep:
         number = self.steps_taken + 1
         self._batches.reset()
         self._held = []
+        self._exact_rows = ()
         started = time.perf_counter()
         space: Geometry | None = None
         summed: Geometry | None = None
@@ -204,6 +206,7 @@ class OnlineStep:
         reference_N: list[float | None] | None = None
         norm_N: list[float] | None = None
         wanted: Directions | None = None
+        formed = False
         metric = get_metric("sgd")
         if self._engine is not None:
             if self._target is not None:
@@ -211,7 +214,9 @@ class OnlineStep:
                 metric = self._preconditioner.acting(self.steps_taken, self._warmup_select)
                 wanted = self._target(metric, target, self._batches, number)
                 folded = self._preconditioner.folds(metric)
-                self._engine.precondition(self._preconditioner.of_power(metric.candidate_power, folded=folded))
+                preconditioner = self._preconditioner.of_power(metric.candidate_power, folded=folded)
+                formed = preconditioner is not None and bool(preconditioner.exact or preconditioner.less)
+                self._engine.precondition(preconditioner)
                 self._engine.align_with(wanted.parts[0].whole)
             sketched = self._sketches(self._engine, candidates, number)
             loss_N, norm_N = sketched.loss_N, sketched.sketch_NK.double().norm(dim=1).tolist()
@@ -305,6 +310,8 @@ class OnlineStep:
             masked_N=masked_N,
             geometry=space,
             sketched_target=wanted is not None and not wanted.parts[0].formed,
+            formed_candidates=formed,
+            exact_gram=self._exact_rows,
             oracle=report,
             selection_seconds=selecting,
             oracle_seconds=tried,
@@ -341,6 +348,11 @@ class OnlineStep:
     def measures_losses(self) -> bool:
         """Whether losses of the candidates are taken by a forward pass before the choice."""
         return self.policy.needs_losses and self._engine is None
+
+    @property
+    def compared_sites(self) -> Sequence[Site]:
+        """The linear maps that candidates are compared by; none under a policy that looks at no gradients."""
+        return () if self._engine is None else self._engine.matrix_sites
 
     def wants_target(self, number: int) -> bool:
         """Whether step `number` looks at target samples: a policy that compares with them does, and the oracle."""
@@ -437,6 +449,7 @@ class OnlineStep:
             places.update({index: (batch, place) for place, index in enumerate(indices)})
 
         def gram(chosen: Sequence[int]) -> Tensor:
+            self._exact_rows = tuple(chosen)
             with torch.no_grad():
                 return exact_gram(
                     [places[index] for index in chosen],

@@ -16,7 +16,7 @@ from lehr.cli import EXIT_ERROR, main
 from schemas import plugins
 from schemas.errors import InputError
 from schemas.run import Run
-from selection_ops.flops import ModelSize, model_size
+from selection_ops.flops import MapsSize, ModelSize, model_size
 from tests.tiny import tiny_llama
 from tests.trainer.streams import make_run
 from tests.trainer.test_loop import Stop, journal, results, settings, stopping
@@ -187,8 +187,14 @@ def test_flops_of_a_step_by_mode() -> None:
     measured = step_flops(size, mode="plain", measured=given["offered"], reference=other, **given)
     assert measured.selection == size.forward([3, 4, 5]) + other.forward([3, 4, 5])
     assert measured.total == plain.total + measured.selection
-    aligned = step_flops(size, mode="two-pass", exact_alignment=True, **given)
-    assert aligned.total - two.total == 2 * 100 * (3 + 4 + 5)
+    maps = MapsSize(entries=50)
+    assert step_flops(size, mode="two-pass", maps=maps, **given) == two
+    aligned = step_flops(size, mode="two-pass", maps=maps, exact_alignment=True, **given)
+    assert aligned.total - two.total == aligned.selection - two.selection == 2 * 50 * (3 + 4 + 5)
+    formed = step_flops(size, mode="two-pass", maps=maps, formed=True, **given)
+    assert formed.selection - two.selection == 2 * 50 * (3 + 4 + 5)
+    exact = step_flops(size, mode="two-pass", maps=maps, exact_gram=[3, 5], **given)
+    assert exact.selection - two.selection == 2 * 50 * (3 + 5) + 2 * 50 * 2 * 2
     norms = step_flops(size, mode="two-pass", offered=[3, 4, 5], kept=[4])
     assert norms.selection == size.scored([3, 4, 5])
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from schemas.errors import InputError
 from selection_ops.encoding import Encoded
+from selection_ops.flops import maps_size
 from selection_ops.online.metrics import Geometry
 from selection_ops.online.options import PolicyOptions
 from selection_ops.online.policies import Candidates, Decision, Policy, make_policy
@@ -18,9 +20,9 @@ from tests.reference.gradients import projection
 from tests.reference.online import sample_gradients
 from tests.reference.preconditioning import adamw, less, log_rank_one, muon, power
 from tests.trainer.test_step import encoded, offer, trainable
-from trainer.candidate import Candidate
+from trainer.candidate import Candidate, StepResult
 from trainer.optimizers import AnyOptimizer, JoinedOptimizer
-from trainer.step import OnlineStep
+from trainer.step import Gram, OnlineStep
 
 RANK, SEED, BETA1, BETA2, EPS, MOMENTUM = 4, 3, 0.8, 0.99, 1e-6, 0.9
 POWERS = {"sgd": (0, 0), "natural": (0.5, 0.5), "target": (0, 1), "update": (1, 1), "opus": (1, 0)}
@@ -244,6 +246,33 @@ def test_survivors_are_weighted_by_exact_interactions() -> None:
     cosine = weight @ align / np.sqrt(weight @ exact @ weight * square)
     assert result.decision.diagnostics is not None
     assert result.decision.diagnostics.update_target_cosine == pytest.approx(cosine, rel=1e-9)
+
+
+def test_exact_interactions_cost_what_torch_counts() -> None:
+    """The operations of a step with exact interactions beyond those of a step with sketched ones."""
+
+    def counted(gram: Gram) -> tuple[float, StepResult, OnlineStep]:
+        model = trainable()
+        online = OnlineStep(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), "filter-then-weight", options=PolicyOptions(n_keep=3), mode="one-pass",
+            gram=gram, proj_rank=RANK, dtype="float64", seed=SEED,
+        )  # fmt: skip
+        # Torch leaves the product that adds in place uncounted.
+        in_place = {torch.ops.aten.addmm_: lambda out, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            result = online.step(offer(5), encoded(3, seed=1))
+        return float(counter.get_total_flops()), result, online
+
+    plain, sketched, _ = counted("sketched")
+    assert sketched.exact_gram == ()
+    cases: dict[Gram, tuple[int, ...]] = {"exact": (0, 1, 2, 3, 4), "survivors": ()}
+    for gram, rows in cases.items():
+        operations, result, online = counted(gram)
+        assert set(result.exact_gram) == set(rows or result.decision.kept)
+        # All lie in one padded batch, and padding is multiplied too.
+        lengths = [max(item.tokens for item in offer(5))] * len(result.exact_gram)
+        maps = maps_size(online.model, online.compared_sites)
+        assert operations - plain == maps.interactions(lengths)
 
 
 def test_exact_interactions_want_one_pass() -> None:
