@@ -125,9 +125,9 @@ def in_process(settings: Settings, folder: Path, case: str, diagnostics: bool) -
 
 
 def warm(folder: Path) -> int:
-    """Read every file once, so that it lies in the page cache; bytes read."""
+    """Read every file of the scoring once, so that it lies in the page cache; bytes read."""
     total = 0
-    for path in sorted(folder.rglob("*.parquet")):
+    for path in sorted(path for path in folder.rglob("*.parquet") if "selections" not in path.parts):
         with path.open("rb") as handle:
             while data := handle.read(1 << 24):
                 total += len(data)

@@ -20,7 +20,7 @@ def text_order(text_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(text_N, kind="stable")
         ranked = text_N[order]
         return order, np.concatenate([np.zeros(min(1, len(order)), dtype=bool), ranked[1:] == ranked[:-1]])
-    first = keys[:, 0]
+    first = keys[:, 0].astype(np.uint64)
     order = np.argsort(first, kind="stable")
     tied = _repeats(first[order])
     if keys.shape[1] > 1 and tied.any():
@@ -28,7 +28,7 @@ def text_order(text_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # A run is a text and those behind it whose first letters are the same.
         inside = np.flatnonzero(tied | np.concatenate([tied[1:], [False]]))
         rows = order[inside]
-        rest = [keys[rows, column] for column in range(keys.shape[1] - 1, 0, -1)]
+        rest = [keys[rows, column].astype(np.uint64) for column in range(keys.shape[1] - 1, 0, -1)]
         order[inside] = rows[np.lexsort((*rest, run[inside]))]
         places = np.flatnonzero(tied)
         tied[places] = np.all(keys[order[places]] == keys[order[places - 1]], axis=1)
@@ -74,7 +74,7 @@ def _repeats(ranked: np.ndarray) -> np.ndarray:
 
 
 def _keys(text_N: np.ndarray) -> np.ndarray | None:
-    """Texts as rows of unsigned numbers of eight letters each, in an order that compares alike; None beyond Latin-1."""
+    """Texts as rows of big-endian numbers of eight letters each, which compare alike; None beyond Latin-1."""
     if text_N.dtype.kind not in "US" or not text_N.size or not text_N.dtype.itemsize:
         return None
     codes = np.ascontiguousarray(text_N).view(np.uint32 if text_N.dtype.kind == "U" else np.uint8)
@@ -87,7 +87,7 @@ def _keys(text_N: np.ndarray) -> np.ndarray | None:
     else:
         letters = np.zeros((len(codes), width), np.uint8)
         letters[:, : codes.shape[1]] = codes
-    return letters.view(">u8").astype(np.uint64)
+    return letters.view(">u8")
 
 
 def as_text(values: np.ndarray) -> np.ndarray:

@@ -87,10 +87,18 @@ class Problem:
             twice = sample_id[order_N[int(repeats_N.argmax())]]
             raise InputError(f"sample id {np.str_(twice.astype(str))} occurs more than once; ids must be unique")
         reason_N = np.full(len(candidates), "", dtype=object)
+        # Beside the reasons, whose comparison is slow.
+        free_N = np.ones(len(candidates), dtype=bool)
+
+        def leave_out(hit_N: np.ndarray, reason: str) -> None:
+            reason_N[free_N & hit_N] = reason
+            free_N[hit_N] = False
+
         if candidates.excluded_N is not None:
             excluded_N = np.asarray(candidates.excluded_N, dtype=object)
             for index in np.flatnonzero(excluded_N):
                 reason_N[index] = str(excluded_N[index])
+                free_N[index] = False
         finite_N = np.ones(len(candidates), dtype=bool)
         for name in ("norm_N", "loss_N", "grad_norm_N", *CURVATURE_COLUMNS):
             column = getattr(candidates, name)
@@ -100,25 +108,27 @@ class Problem:
         if candidates.unit_NK is not None:
             self.square_N = rows.square_rows(candidates.unit_NK)
             finite_N &= np.isfinite(self.square_N)
-        reason_N[(reason_N == "") & ~finite_N] = "non_finite"
+        leave_out(~finite_N, "non_finite")
         if self.budget.unit == "tokens":
-            reason_N[(reason_N == "") & (candidates.tokens_N < 1)] = "no_tokens"
-        free_n = order_N[(reason_N == "")[order_N]]
+            leave_out(candidates.tokens_N < 1, "no_tokens")
+        free_n = order_N[free_N[order_N]]
         # Pool order is id order, so the first of equal contents is the representative.
         representative_n = first_equal(content_id[free_n])
-        copy_n = (representative_n != np.arange(len(free_n))) & (np.char.str_len(content_id[free_n]) > 0)
-        copies_n = np.flatnonzero(copy_n)
+        copies_n = np.flatnonzero(representative_n != np.arange(len(free_n)))
+        copies_n = copies_n[np.char.str_len(content_id[free_n[copies_n]]) > 0]
         originals = sample_id[free_n[representative_n[copies_n]]].astype(str)
         for index, original in zip(free_n[copies_n], originals):
             reason_N[index] = f"duplicate_of {original}"
-        self.duplicates = int(copy_n.sum())
+        self.duplicates = len(copies_n)
         self._sample_id = sample_id
         self.reason_N = reason_N
-        pool_n = free_n[~copy_n]
+        pool_n = np.delete(free_n, copies_n)
         # After the duplicates, so that copies do not move a quantile.
         outlier_n, self.outlier_caps = find_outliers(candidates, pool_n, self.settings)
-        reason_N[pool_n] = outlier_n
-        self.pool_n: np.ndarray = pool_n[outlier_n == ""]
+        if self.outlier_caps:
+            reason_N[pool_n] = outlier_n
+            pool_n = pool_n[outlier_n == ""]
+        self.pool_n: np.ndarray = pool_n
         if not self.pool_n.size:
             raise NothingToChoose.of(reason_N)
 
