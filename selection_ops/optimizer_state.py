@@ -1,7 +1,8 @@
 """Reading optimizer states: Lehr's checkpoints, safetensors by parameter name, files of torch.save; never anything but tensors and numbers.
 
 A state is kept as tensors by `<parameter>:<moment>`. Moments of AdamW are exp_avg, exp_avg_sq and step; of Adafactor exp_avg_sq_row
-(means of the last dimension), exp_avg_sq_col (means of the one before) and exp_avg_sq where a parameter is no matrix.
+(means of the last dimension), exp_avg_sq_col (means of the one before) and exp_avg_sq where a parameter is no matrix; of Muon
+momentum_buffer. A training with Muon has AdamW's for what is no matrix of the blocks, where there is any, and counts as adamw then.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MUON_MOMENTS = ("momentum_buffer",)
 
 _WAYS = f"name a checkpoint folder, an {PICKLED_FILE} or an {OPTIMIZER_FILE}"
 
-Optimizer = Literal["adamw", "adafactor"]
+Optimizer = Literal["adamw", "adafactor", "muon"]
 
 _FACTORS = {"row_var": "exp_avg_sq_row", "col_var": "exp_avg_sq_col", "variance": "exp_avg_sq"}
 """torch's names of Adafactor's moments, and transformers'."""
@@ -100,6 +101,8 @@ def read_optimizer(place: str, model: nn.Module | None = None) -> OptimizerState
         kind: Optimizer = "adafactor"
     elif any(name.endswith(":exp_avg_sq") for name in tensors):
         kind = "adamw"
+    elif any(name.rpartition(":")[2] in MUON_MOMENTS for name in tensors):
+        kind = "muon"
     else:
         raise InputError(f"{url} holds no `<parameter>:exp_avg_sq`; it is not an optimizer state")
     return OptimizerState(optimizer=kind, tensors=tensors, numbers=numbers, where=url)

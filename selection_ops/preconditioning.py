@@ -56,6 +56,11 @@ def preconditioner_of(state: OptimizerState, parameter: str, *, floor_share: flo
         column = moments[f"{parameter}:exp_avg_sq_col"]
         row, column = (_floored(_wide(factor).sqrt(), floor_share).square() for factor in (row, column))
         return ((row / row.mean(-1, keepdim=True))[..., :, None] * column[..., None, :]).rsqrt()
+    if whole is None and f"{parameter}:momentum_buffer" in moments:
+        raise InputError(
+            f"{state.where} holds Muon's momentum of {parameter}, which has no second moment to precondition with; "
+            "score with metric sgd, or name a state of AdamW or Adafactor"
+        )
     if whole is None:
         raise InputError(f"{state.where} holds no second moment of {parameter}; it belongs to another model")
     if state.optimizer == "adafactor":

@@ -43,15 +43,22 @@ class _States:
         self._parts = parts
 
     def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        part = self._found(parameter)
+        if part is None:
+            raise KeyError("a parameter of no part")
+        return part
+
+    def _found(self, parameter: Tensor) -> torch.optim.Optimizer | None:
         for part in self._parts:
             for group in part.param_groups:
                 if any(held is parameter for held in group["params"]):
                     return part
-        raise KeyError("a parameter of no part")
+        return None
 
     def get(self, parameter: Tensor) -> Any:
-        """The state of a parameter; None where it has none."""
-        return self._of(parameter).state.get(parameter)
+        """The state of a parameter; None where it has none, as one that is not trained."""
+        part = self._found(parameter)
+        return None if part is None else part.state.get(parameter)
 
     def __getitem__(self, parameter: Tensor) -> Any:
         return self._of(parameter).state[parameter]

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from schemas.errors import CorruptFile, InputError
 from selection_ops.optimizer_state import AdamNumbers, OptimizerState, read_optimizer
+from selection_ops.preconditioning import preconditioner_of
 from tests.tiny import tiny_gpt2, tiny_llama
 
 BETAS, EPS = (0.8, 0.95), 1e-6
@@ -120,6 +121,16 @@ def test_adafactor_has_one_form(tmp_path: Path, kind: str) -> None:
         assert row.shape == parameter.shape[:1] and column.shape == parameter.shape[1:]
         assert torch.equal(state.tensors[f"{name}:exp_avg_sq_row"], row)
         assert torch.equal(state.tensors[f"{name}:exp_avg_sq_col"], column)
+
+
+def test_muon_has_no_second_moment(tmp_path: Path) -> None:
+    """A checkpoint of matrices alone is a state to go on from, and none to precondition a scoring with."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({f"{name}:momentum_buffer": torch.ones(3, 2)}, tmp_path / "optimizer.safetensors")
+    state = read_optimizer(str(tmp_path))
+    assert state.optimizer == "muon" and state.steps == 0
+    with pytest.raises(InputError, match=rf"Muon's momentum of {name}.*metric sgd"):
+        preconditioner_of(state, name)
 
 
 def test_amsgrad_divides_by_the_largest(tmp_path: Path) -> None:

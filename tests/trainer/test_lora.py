@@ -240,16 +240,33 @@ def test_an_adapter_goes_on(world: tuple[Run, Path], tmp_path: Path, policy: str
         assert [row["metric"] for row in journal(run, f"{name}-further")] == ["target", "target"]
 
 
-@pytest.mark.parametrize("mode", ["two-pass", "one-pass"])
-def test_resume_gives_the_same_bytes(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "two-pass"},
+        {"mode": "one-pass"},
+        {"mode": "two-pass", "optimizer": "muon", "metric": "natural"},
+        {"mode": "one-pass", "optimizer": "muon"},
+        {
+            "mode": "two-pass",
+            "layout": "packed",
+            "attention": "sdpa",
+            "activation_checkpointing": True,
+            "ema_decay": 0.5,
+        },
+        {"mode": "two-pass", "policy": "less-online", "oracle_every": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_resume_gives_the_same_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Dropout in the adapter too, where the mode allows it."""
-    dropout = 0.0 if mode == "one-pass" else 0.2
+    dropout = 0.0 if changes["mode"] == "one-pass" else 0.2
     run, folder = make_run(tmp_path)
     found = []
     for stop in (None, 1, 3, 5):
         chosen = settings(
-            folder, "t", policy="filter-then-weight", mode=mode, lora=3, lora_dropout=dropout, checkpoint_every=2
-        )
+            folder, "t", **{"policy": "filter-then-weight", "lora": 3, "lora_dropout": dropout, "checkpoint_every": 2, **changes}
+        )  # fmt: skip
         if stop:
             with pytest.raises(Stop):
                 train(run, chosen, stopping(stop))
