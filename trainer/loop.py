@@ -206,6 +206,7 @@ class _Training:
 
     def advance(self) -> Progress | None:
         """One step, its journal rows, and what is due after it; None where nothing was left to train on."""
+        self.processes.check_launcher()
         settings, state, ready = self.settings, self.state, self.ready
         wall, processor, number = time.perf_counter(), time.process_time(), state.step + 1
         cursor = ready.stream.state_dict()

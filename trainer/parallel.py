@@ -37,6 +37,18 @@ class OneProcess:
     count: int = 1
     """How many there are."""
 
+    def __init__(self) -> None:
+        # What torchrun has started should end with it: else a training that is started again meets the one before at its files.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def check_launcher(self) -> None:
+        """Raise `LehrError` where torchrun started this process and has been killed since."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            raise LehrError(
+                f"process {self.index} of {self.count} ends: torchrun, which started it, is gone. "
+                "Run the same command again: it goes on from the newest checkpoint"
+            )
+
     @property
     def leads(self) -> bool:
         """Whether this is process 0, which decides, and writes what all have done."""
@@ -90,6 +102,7 @@ class Processes(OneProcess):
     """The processes of torch's default process group."""
 
     def __init__(self, *, timeout_s: float, owns: bool) -> None:
+        super().__init__()
         self.index, self.count = dist.get_rank(), dist.get_world_size()
         self._timeout_s, self._owns = timeout_s, owns
 
