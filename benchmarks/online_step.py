@@ -2,7 +2,7 @@
 
     python benchmarks/online_step.py --out online_step.json
     python benchmarks/online_step.py --keep 4 8 16 --ways one_pass_sketched two_pass
-    python benchmarks/online_step.py --model 135m --dtype bfloat16 --rounds 2
+    python benchmarks/online_step.py --model 135m --dtype bfloat16 --batch-tokens 1024 --rounds 2
 
 A Llama with random weights, of 34.6M parameters or of SmolLM2-135M's shape (tied); 16 candidates and 4 target rows of 256 tokens, keep 8,
 AdamW and clipping included. A ratio is the median over rounds of the quotients within a round, in wall time; with `_cpu` in processor
@@ -46,6 +46,8 @@ class Settings:
     """Candidates that a step trains on; ratios of the second on are named after them."""
     tokens: int = 256
     """Tokens of every row."""
+    batch_tokens: int = 0
+    """Tokens of a forward pass, in every way and in the plain steps; 0: all candidates at once, which takes 24 GB of the 135M model."""
     model: Literal["35m", "135m"] = "35m"
     """34.6M parameters, or SmolLM2-135M's shape with embedding and head tied."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,7 +117,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     common.say(f"{parameters / 1e6:.1f}M parameters, {settings.threads} threads, {settings.dtype}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    shared: dict[str, Any] = {"batch_tokens": settings.candidates * settings.tokens, "dtype": settings.dtype}
+    batch_tokens = settings.batch_tokens or settings.candidates * settings.tokens
+    shared: dict[str, Any] = {"batch_tokens": batch_tokens, "dtype": settings.dtype}
     everything = slice(0, settings.candidates)
     measured = settings.ways or tuple(WAYS)
     plain = OnlineStep(model, optimizer, "full", **shared)
