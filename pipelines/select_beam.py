@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.beam_selection.job import SelectionJob
+from pipelines.beam_selection.rows import SelectionTask, UnitParts
 from pipelines.candidates import available_bytes
 from pipelines.keep import refuse_sketchless
 from pipelines.options import Execution
 from pipelines.results import read_results, results_url
 from pipelines.runners import model_hints, refuse_unreachable, run_job
 from pipelines.select import Prepared, SelectReport, finish, prepare
-from pipelines.selection_job import SelectionJob
-from pipelines.selection_rows import SelectionTask, UnitParts
 from schemas.errors import InputError, RunIncomplete
 from schemas.fingerprint import fingerprint, plain
 from schemas.parquet import Part

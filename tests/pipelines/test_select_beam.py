@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.pools import make_pool
-from pipelines import select_beam, selection_write
+from pipelines import select_beam
+from pipelines.beam_selection import write
 from pipelines.options import Execution
 from pipelines.select import run_select
 from pipelines.select_beam import choose_engine, refuse_unsupported, run_select_beam
@@ -39,7 +40,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, histograms and ranges so small that a few hundred rows need all that many millions do."""
     monkeypatch.setattr(guesses, "SAMPLE_ROWS", 128)
     monkeypatch.setattr(guesses, "EDGES", 16)
-    monkeypatch.setattr(selection_write, "RANGE_ROWS", 15)
+    monkeypatch.setattr(write, "RANGE_ROWS", 15)
 
 
 def selection(run: Run, name: str) -> pa.Table:

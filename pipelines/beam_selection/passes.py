@@ -21,10 +21,10 @@ import torch
 from apache_beam.pvalue import PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.selection_decide import Vertex, decide_vertex
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import View, one, search, sure_of, undecided_of
-from pipelines.selection_sums import SetSum, sums_of
+from pipelines.beam_selection.decide import Vertex, decide_vertex
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import View, one, search, sure_of, undecided_of
+from pipelines.beam_selection.sums import SetSum, sums_of
 from selection_ops.selectors.redundancy import PenalisedGain
 from selection_ops.selectors.relaxed import SetCosine
 from selection_ops.selectors.rows import dot_rows

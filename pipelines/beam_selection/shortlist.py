@@ -13,10 +13,10 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import PCollection
 
-from pipelines.selection_choice import UnitChoice
-from pipelines.selection_decide import Limit, Totals, can_spend, smallest_cost
-from pipelines.selection_rows import SelectionTask, UnitRows
-from pipelines.selection_search import (
+from pipelines.beam_selection.choice import UnitChoice
+from pipelines.beam_selection.decide import Limit, Totals, can_spend, smallest_cost
+from pipelines.beam_selection.rows import SelectionTask, UnitRows
+from pipelines.beam_selection.search import (
     Known,
     Many,
     Rest,
@@ -31,7 +31,7 @@ from pipelines.selection_search import (
     sure_of,
     undecided_of,
 )
-from pipelines.selection_write import ranks_of
+from pipelines.beam_selection.write import ranks_of
 from selection_ops.selectors.rounding import fill_ranked
 from selection_ops.selectors.search import Terms, classify, remaining
 

@@ -15,13 +15,13 @@ import torch
 from apache_beam.pvalue import PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.selection_decide import Decision, Limit, Totals, Vertex, can_spend, smallest_cost
-from pipelines.selection_greedy import Gather, Gathered, GreedySet, greedy_set, likely_of
-from pipelines.selection_passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import Known, Rest, Sure, View, added, one, search, sure_of, undecided_of
-from pipelines.selection_shortlist import Listed, Short, shortlist, top
-from pipelines.selection_sums import SetSum, meets, sums_of
+from pipelines.beam_selection.decide import Decision, Limit, Totals, Vertex, can_spend, smallest_cost
+from pipelines.beam_selection.greedy import Gather, Gathered, GreedySet, greedy_set, likely_of
+from pipelines.beam_selection.passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import Known, Rest, Sure, View, added, one, search, sure_of, undecided_of
+from pipelines.beam_selection.shortlist import Listed, Short, shortlist, top
+from pipelines.beam_selection.sums import SetSum, meets, sums_of
 from selection_ops.selectors.relaxed import MIN_WEIGHT, SetCosine
 from selection_ops.selectors.search import Terms
 

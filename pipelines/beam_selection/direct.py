@@ -19,11 +19,11 @@ import torch
 from apache_beam.pvalue import PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.selection_decide import Decision, Limit, Totals, Vertex, solved
-from pipelines.selection_passes import best_vertex
-from pipelines.selection_rows import SelectionContext, SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import View, one
-from pipelines.selection_sums import SetSum, sums_of
+from pipelines.beam_selection.decide import Decision, Limit, Totals, Vertex, solved
+from pipelines.beam_selection.passes import best_vertex
+from pipelines.beam_selection.rows import SelectionContext, SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import View, one
+from pipelines.beam_selection.sums import SetSum, sums_of
 from selection_ops.selectors.direct import CONVERGED, id_uniform
 from selection_ops.selectors.rows import dot_rows
 

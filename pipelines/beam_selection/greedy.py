@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.selection_passes import Objective
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import by_unit, find, placed
+from pipelines.beam_selection.passes import Objective
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import by_unit, find, placed
 from selection_ops.selectors.blocks import all_fit, in_blocks
 from selection_ops.selectors.greedy import Path, greedy
 from selection_ops.selectors.leaders import PlacedRows, in_order

@@ -19,9 +19,9 @@ import torch
 from apache_beam.pvalue import PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.selection_decide import Limit, Totals
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import added, exact_parts, one
+from pipelines.beam_selection.decide import Limit, Totals
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import added, exact_parts, one
 from selection_ops.selectors.rows import sum_rows
 from selection_ops.selectors.search import Terms
 

@@ -9,9 +9,9 @@ import dataclasses
 
 import numpy as np
 
-from pipelines.selection_decide import Decision, ranked_view
-from pipelines.selection_rows import SelectionContext, UnitRows
-from pipelines.selection_search import find
+from pipelines.beam_selection.decide import Decision, ranked_view
+from pipelines.beam_selection.rows import SelectionContext, UnitRows
+from pipelines.beam_selection.search import find
 from selection_ops.selectors.baselines import Ranking
 from selection_ops.selectors.relaxed import MIN_WEIGHT
 from selection_ops.selectors.search import classify

@@ -16,10 +16,10 @@ import torch
 from apache_beam.pvalue import AsSingleton, PCollection
 from apache_beam.utils.shared import Shared
 
+from pipelines.beam_selection.choice import UnitChoice
+from pipelines.beam_selection.rows import SelectionContext, SelectionTask
+from pipelines.beam_selection.search import added
 from pipelines.select import selection_footer, selection_table
-from pipelines.selection_choice import UnitChoice
-from pipelines.selection_rows import SelectionContext, SelectionTask
-from pipelines.selection_search import added
 from schemas.parquet import write_table
 from selection_ops.selectors import effective_rank
 from selection_ops.selectors.diagnostics import RANK_ROWS

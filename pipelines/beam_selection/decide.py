@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.selection_rows import SelectionContext, SelectionTask, UnitRows
-from pipelines.selection_search import Known, Rest, Sure, View, by_unit, exact_parts, find
+from pipelines.beam_selection.rows import SelectionContext, SelectionTask, UnitRows
+from pipelines.beam_selection.search import Known, Rest, Sure, View, by_unit, exact_parts, find
 from schemas.errors import InfeasibleError, InputError
 from selection_ops.selectors import get_selector
 from selection_ops.selectors.limit import infeasible, target_cost

@@ -10,9 +10,8 @@ import apache_beam as beam
 from apache_beam.pvalue import AsSingleton, PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.results import GatherResults
-from pipelines.selection_choice import UnitChoice, choice_of
-from pipelines.selection_decide import (
+from pipelines.beam_selection.choice import UnitChoice, choice_of
+from pipelines.beam_selection.decide import (
     Decision,
     Limit,
     Totals,
@@ -24,15 +23,16 @@ from pipelines.selection_decide import (
     spendable,
     totals,
 )
-from pipelines.selection_direct import ascents
-from pipelines.selection_match import match
-from pipelines.selection_passes import Chosen, best_vertex
-from pipelines.selection_pool import COPY_ROWS, without_copies, without_outliers
-from pipelines.selection_redundancy import penalised
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitParts, UnitRows
-from pipelines.selection_search import View, added, leaders_of, one, search, sure_of, undecided_of
-from pipelines.selection_shortlist import Short
-from pipelines.selection_write import WriteUnit, part_records, ranks_of, sketch_records
+from pipelines.beam_selection.direct import ascents
+from pipelines.beam_selection.match import match
+from pipelines.beam_selection.passes import Chosen, best_vertex
+from pipelines.beam_selection.pool import COPY_ROWS, without_copies, without_outliers
+from pipelines.beam_selection.redundancy import penalised
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitParts, UnitRows
+from pipelines.beam_selection.search import View, added, leaders_of, one, search, sure_of, undecided_of
+from pipelines.beam_selection.shortlist import Short
+from pipelines.beam_selection.write import WriteUnit, part_records, ranks_of, sketch_records
+from pipelines.results import GatherResults
 from selection_ops.selectors import get_selector
 from selection_ops.selectors.baselines import Ranking
 from selection_ops.selectors.search import Terms

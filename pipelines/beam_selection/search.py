@@ -17,7 +17,7 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import AsSingleton, PCollection
 
-from pipelines.selection_rows import UnitRows
+from pipelines.beam_selection.rows import UnitRows
 from schemas.errors import LehrError
 from selection_ops.selectors.guesses import Sample, draw, lay_grid
 from selection_ops.selectors.leaders import PlacedRows, in_order, leading, room_of

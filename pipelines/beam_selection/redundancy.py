@@ -14,12 +14,12 @@ import numpy as np
 from apache_beam.pvalue import PCollection
 from apache_beam.utils.shared import Shared
 
-from pipelines.selection_decide import Decision, Limit, Totals, Vertex
-from pipelines.selection_greedy import Gather, Gathered, GreedySet, Likely, greedy_set, likely_of
-from pipelines.selection_passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
-from pipelines.selection_rows import SelectionTask, TaskStep, UnitRows
-from pipelines.selection_search import View, added, one
-from pipelines.selection_sums import SetSum, meets, sums_of
+from pipelines.beam_selection.decide import Decision, Limit, Totals, Vertex
+from pipelines.beam_selection.greedy import Gather, Gathered, GreedySet, Likely, greedy_set, likely_of
+from pipelines.beam_selection.passes import Chosen, Passing, at_vertex, best_vertex, certificate_of, frank_wolfe
+from pipelines.beam_selection.rows import SelectionTask, TaskStep, UnitRows
+from pipelines.beam_selection.search import View, added, one
+from pipelines.beam_selection.sums import SetSum, meets, sums_of
 from selection_ops.selectors.redundancy import TOLERANCE, PenalisedGain
 from selection_ops.selectors.relaxed import MIN_WEIGHT
 from selection_ops.selectors.search import Terms

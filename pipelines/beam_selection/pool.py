@@ -14,8 +14,8 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.pvalue import AsSingleton, PCollection
 
-from pipelines.selection_rows import SelectionTask, UnitRows
-from pipelines.selection_search import Known, Rest, Sure, View, added, leaders_of, search, sure_of
+from pipelines.beam_selection.rows import SelectionTask, UnitRows
+from pipelines.beam_selection.search import Known, Rest, Sure, View, added, leaders_of, search, sure_of
 from schemas.errors import InputError
 from selection_ops.selectors.guesses import tags
 from selection_ops.selectors.ordering import as_text, text_order
