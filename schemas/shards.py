@@ -169,11 +169,12 @@ def read_index(url: str) -> StreamIndex:
         index = StreamIndex(
             **{**record, **{name: _shards(record[name]) for name in ("shards", "target", "evaluation")}}
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = index.fingerprint
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptFile(f"{url}/index.json is damaged ({error})") from error
     if index.version != STREAM_VERSION:
         raise InputError(f"{url}/index.json has version {index.version}; this Lehr reads {STREAM_VERSION}")
-    if index.fingerprint != stored:
+    if found != stored:
         raise CorruptFile(f"{url}/index.json does not match its fingerprint {stored}; it was edited or damaged")
     return index
 

@@ -93,6 +93,16 @@ def test_a_changed_index_is_refused(tmp_path: Path, data: st.DataObject) -> None
         assert found == index  # a field that has this default, left out
 
 
+@pytest.mark.parametrize("offset", [2.0**64, 1e300, -1, "x", None])
+def test_an_offset_beyond_all_files_is_refused(tmp_path: Path, offset: Any) -> None:
+    index, _ = write(tmp_path)
+    record = orjson.loads(index_bytes(index))
+    record["shards"][0]["offsets"][0][0] = offset
+    (tmp_path / "index.json").write_bytes(orjson.dumps(record))
+    with pytest.raises(LehrError, match=r"index\.json"):
+        read_index(str(tmp_path))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FIXTURE)
 @given(st.data(), st.booleans())
 def test_a_changed_manifest_is_refused(tmp_path: Path, data: st.DataObject, rehashed: bool) -> None:
