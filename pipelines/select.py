@@ -301,5 +301,5 @@ def _map_column(scores: dict[str, np.ndarray], count: int) -> pa.MapArray:
     values = np.stack([scores[name] for name in names], axis=1)
     held = np.isfinite(values)
     offsets = np.concatenate([[0], np.cumsum(held.sum(axis=1))]).astype(np.int32)
-    keys = np.array(names, dtype=object)[np.nonzero(held)[1]]
-    return pa.MapArray.from_arrays(pa.array(offsets), pa.array(keys, pa.string()), pa.array(values[held]))
+    keys = pa.array(names, pa.string()).take(pa.array(np.nonzero(held)[1]))
+    return pa.MapArray.from_arrays(pa.array(offsets), keys, pa.array(values[held]))
