@@ -1,7 +1,7 @@
 """Time and memory of selecting against the number of rows, and what follows for a pool that no machine holds.
 
     python benchmarks/scale.py --sizes 100000 300000 1000000 --k 2048 --out scale.json
-    python benchmarks/scale.py --sizes 1000000 10000000 --k 256 --cases cosine_columns --out scale-256.json
+    python benchmarks/scale.py --sizes 100000 300000 1000000 10000000 --k 256 --part-rows 50000 --cases cosine_columns signed_columns --out scale-256.json
 
 Every size is a pool of `pools.py` and every figure a `lehr select` of `selection.py` in a process of its own, the one with the
 median of CPU seconds over rounds. The budget is a fixed share of the rows, so a case whose work is linear in rows has an `exponent`

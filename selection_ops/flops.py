@@ -67,12 +67,8 @@ class MapsSize:
     entries: int
     """Entries that a token is multiplied by; of experts, the share chosen."""
 
-    def aligned(self, lengths: Iterable[int]) -> float:
-        """FLOPs of products, token by token, of inputs and output gradients with a whole gradient."""
-        return 2.0 * self.entries * sum(lengths)
-
     def formed(self, lengths: Iterable[int]) -> float:
-        """FLOPs of whole gradients from inputs and output gradients."""
+        """FLOPs of whole gradients from inputs and output gradients; aligning every token with a whole gradient takes as many."""
         return 2.0 * self.entries * sum(lengths)
 
     def interactions(self, lengths: Sequence[int]) -> float:

@@ -29,7 +29,7 @@ class StepBatches:
         even: bool = False,
         layout: BatchLayout = "padded",
     ) -> None:
-        self._batch_tokens, self._device, self._layout = batch_tokens, device, layout
+        self._batch_tokens, self.device, self._layout = batch_tokens, device, layout
         self._processes, self._even = processes or OneProcess(), even
         self._autocast = dtype == "bfloat16"
         self._computed = self._real = 0
@@ -61,13 +61,13 @@ class StepBatches:
         own = cut[self._processes.index]
         for indices in own:
             chosen = [items[index] for index in indices]
-            batch = collate(chosen, device=self._device, layout=self._layout)
+            batch = collate(chosen, device=self.device, layout=self._layout)
             self._computed += batch.ids_BT.numel()
             self._real += sum(len(item.ids) for item in chosen)
             yield indices, batch
         missing = max(len(batches) for batches in cut) - len(own)
         if self._even and missing:
-            filler = collate([min(items, key=lambda item: len(item.ids))], device=self._device, layout=self._layout)
+            filler = collate([min(items, key=lambda item: len(item.ids))], device=self.device, layout=self._layout)
             for _ in range(missing):
                 self._computed += filler.ids_BT.numel()
                 yield [], filler
@@ -75,5 +75,5 @@ class StepBatches:
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
         """The arithmetic of forward and backward: bfloat16 is autocast over wider weights."""
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast):
             yield

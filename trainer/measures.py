@@ -44,9 +44,9 @@ def step_flops(
     """FLOPs of a step in `mode` over candidates, kept and target samples of these lengths, in tokens.
 
     `sketched_target` says that the target's direction came from a scoring pass, and not from its whole gradient. Of the `maps` that candidates
-    are compared by: `exact_alignment` says that candidates were aligned with the target's whole gradient, `formed` that their own were formed to
-    be projected, and `exact_gram` holds the lengths of those whose interactions came from whole gradients. Losses of `measured` were taken before the choice by a forward pass; those of `offered` under a
-    `reference` model too.
+    are compared by: `exact_alignment` says that candidates were aligned with the target's whole gradient, `formed` that their own were formed
+    to be projected, and `exact_gram` holds the lengths of those whose interactions came from whole gradients. Losses of `measured` were
+    taken before the choice by a forward pass; those of `offered` under a `reference` model too.
     """
     trained = size.trained(kept)
     compared = size.forward(measured) + (reference.forward(offered) if reference is not None else 0.0)
@@ -54,9 +54,7 @@ def step_flops(
         return StepFlops(total=compared + trained, selection=compared)
     compared += size.scored(offered) + (size.scored(target) if sketched_target else size.trained(target))
     if maps is not None:
-        compared += maps.aligned(offered) if exact_alignment else 0.0
-        compared += maps.formed(offered) if formed else 0.0
-        compared += maps.interactions(exact_gram)
+        compared += maps.formed(offered) * (exact_alignment + formed) + maps.interactions(exact_gram)
     total = compared + (size.formed(kept) if mode == "one-pass" else trained)
     return StepFlops(total=total, selection=total - trained)
 

@@ -24,8 +24,6 @@ from schemas.errors import InputError, LehrError
 from schemas.spec import PROJECTION_VERSION, BatchLayout
 from selection_ops.encoding import Encoded
 from selection_ops.engine import GradientEngine
-from selection_ops.exact_gram import exact_gram
-from selection_ops.held import HeldBatch
 from selection_ops.losses import HeadRoute
 from selection_ops.model import causal_model
 from selection_ops.online.filters import Draw
@@ -37,6 +35,7 @@ from selection_ops.online.weights import effective_sample_size, normalise
 from selection_ops.sites import Site, find_sites
 from trainer.batches import StepBatches
 from trainer.candidate import Candidate, StepResult
+from trainer.candidate_pass import CandidatePass
 from trainer.clipping import clip_gradients, names_of, not_finite
 from trainer.live_preconditioner import Form, LivePreconditioner
 from trainer.modes import Mode, require_one_pass
@@ -45,23 +44,11 @@ from trainer.oracle import one_step_oracle
 from trainer.sharding import WholeModel
 from trainer.target_direction import TargetPass
 from trainer.target_memory import Directions, Several, TargetMemory, Targets, all_samples
-from trainer.token_scores import TokenScores, mask_tokens
+from trainer.token_scores import mask_tokens
 
 _DEFAULTS = PolicyOptions()
 Alignment = Literal["sketched", "exact"]
 Gram = Literal["sketched", "survivors", "exact"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sketched:
-    """What candidates are compared by, in the order of candidates."""
-
-    sketch_NK: Tensor
-    loss_N: list[float | None]
-    align_N: Tensor
-    """Exact alignments with the target; 0 where they were not asked for."""
-    score_NT: list[Tensor] | None = None
-    """What they are sums of, token by token, where that is asked for."""
 
 
 class OnlineStep:
@@ -129,8 +116,7 @@ class OnlineStep:
         self._mode, self._warmup_select, self._gram = mode, warmup_select, gram
         self._engine: GradientEngine | None = None
         self._target: TargetMemory | None = None
-        self._held: list[tuple[list[int], HeldBatch]] = []
-        self._exact_rows: tuple[int, ...] = ()
+        self._sketching: CandidatePass | None = None
         self._reference: HeadRoute | None = None
         if reference_model is not None and self.policy.needs_reference_losses:
             self._reference = HeadRoute(reference_model)
@@ -144,6 +130,9 @@ class OnlineStep:
             self._engine = self.layout.engine(
                 groups, proj_rank=proj_rank, k=0, seed=seed, version=PROJECTION_VERSION, hold=mode == "one-pass"
             )
+            wide = torch.float64 if self._parameters[0].dtype == torch.float64 else torch.float32
+            by_token = options.granularity == "token-mask"
+            self._sketching = CandidatePass(self._engine, self._batches, processes, wide=wide, by_token=by_token)
         if self._engine is not None and self.policy.needs_sketches:
             self._preconditioner = LivePreconditioner(
                 model,
@@ -195,8 +184,6 @@ class OnlineStep:
             raise InputError("a step needs at least one candidate")
         number = self.steps_taken + 1
         self._batches.reset()
-        self._held = []
-        self._exact_rows = ()
         started = time.perf_counter()
         space: Geometry | None = None
         summed: Geometry | None = None
@@ -208,7 +195,7 @@ class OnlineStep:
         wanted: Directions | None = None
         formed = False
         metric = get_metric("sgd")
-        if self._engine is not None:
+        if self._engine is not None and self._sketching is not None:
             if self._target is not None:
                 self._preconditioner.refresh()
                 metric = self._preconditioner.acting(self.steps_taken, self._warmup_select)
@@ -218,7 +205,7 @@ class OnlineStep:
                 formed = preconditioner is not None and bool(preconditioner.exact or preconditioner.less)
                 self._engine.precondition(preconditioner)
                 self._engine.align_with(wanted.parts[0].whole)
-            sketched = self._sketches(self._engine, candidates, number)
+            sketched = self._sketching(candidates, number)
             loss_N, norm_N = sketched.loss_N, sketched.sketch_NK.double().norm(dim=1).tolist()
             score_NT = sketched.score_NT
             if wanted is not None:
@@ -230,7 +217,12 @@ class OnlineStep:
                             for part in wanted.parts
                         ]
                     )
-                    space = summed = self._exactly(space, candidates, metric.candidate_power)
+                    gram = self._sketching.interactions(candidates, self._preconditioner, metric.candidate_power)
+                    if self._gram == "exact":
+                        space = dataclasses.replace(space, gram_NN=gram(range(len(candidates))))
+                    elif self._gram == "survivors":
+                        space = dataclasses.replace(space, exact_gram=gram)
+                    summed = space
             if self._granularity == "token-mean":
                 counts = [item.loss_tokens for item in candidates]
                 space = None if summed is None else summed.per_token(counts)
@@ -280,8 +272,8 @@ class OnlineStep:
             report = self._oracle(trained, target, decision, weight_S, summed, number)
             tried = time.perf_counter() - trying
         if kept:
-            if self._engine is not None and self._mode == "one-pass":
-                loss = self._form(candidates, weight_N, loss_N, number)
+            if self._sketching is not None and self._mode == "one-pass":
+                loss = self._form(self._sketching, candidates, weight_N, loss_N, number)
             else:
                 loss, kept_loss_S = self._backward(kept, weight_S, number)
                 for index, value in zip(decision.kept, kept_loss_S):
@@ -291,7 +283,7 @@ class OnlineStep:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.steps_taken = number
-        self._held = []
+        exact_rows = self._sketching.release() if self._sketching is not None else ()
         return StepResult(
             step=number,
             decision=decision,
@@ -311,7 +303,7 @@ class OnlineStep:
             geometry=space,
             sketched_target=wanted is not None and not wanted.parts[0].formed,
             formed_candidates=formed,
-            exact_gram=self._exact_rows,
+            exact_gram=exact_rows,
             oracle=report,
             selection_seconds=selecting,
             oracle_seconds=tried,
@@ -411,61 +403,15 @@ class OnlineStep:
                 loss_N[indices] = loss_B[: len(indices)].double().cpu()
         return list(self._processes.sum(loss_N).tolist())
 
-    def _sketches(self, engine: GradientEngine, candidates: Sequence[Candidate], number: int) -> Sketched:
-        """What the candidates are compared by, under the live weights."""
-        wide = torch.float64 if self._parameters[0].dtype == torch.float64 else torch.float32
-        sketch_NK = torch.zeros(len(candidates), engine.sketch_size, dtype=wide, device=self._device)
-        loss_N = torch.zeros(len(candidates), dtype=torch.float64)
-        align_N = torch.zeros_like(loss_N)
-        scores = TokenScores([item.tokens for item in candidates])
-        with engine:
-            for indices, batch in self._batches([item.encoded for item in candidates]):
-                with self._batches.arithmetic():
-                    found = engine.features(batch)
-                if found.held is not None:
-                    self._held.append((indices, found.held))
-                sketch_NK[indices] = found.sketch_BK[: len(indices)]
-                loss_N[indices] = found.loss_B[: len(indices)].double().cpu()
-                if found.aligned_BT is not None:
-                    align_N[indices] = found.aligned_BT[: len(indices)].double().sum(1).cpu()
-                    scores.take(indices, found.aligned_BT)
-        sketch_NK, loss_N = self._processes.sum(sketch_NK), self._processes.sum(loss_N)
-        finite_N = torch.isfinite(loss_N) & torch.isfinite(sketch_NK).all(1).cpu()
-        bad = [item for item, finite in zip(candidates, finite_N.tolist()) if not finite]
-        if bad:
-            raise LehrError(not_finite(number, "loss or gradient", bad))
-        return Sketched(
-            sketch_NK=sketch_NK,
-            loss_N=list(loss_N.tolist()),
-            align_N=self._processes.sum(align_N),
-            score_NT=scores.of_all(self._processes) if self._granularity == "token-mask" else None,
-        )
-
-    def _exactly(self, space: Geometry, candidates: Sequence[Candidate], power: float) -> Geometry:
-        """With interactions from whole gradients, of all candidates, or of those that the policy asks for."""
-        assert self._engine is not None
-        sites, places = self._engine.matrix_sites, {}
-        for indices, batch in self._held:
-            places.update({index: (batch, place) for place, index in enumerate(indices)})
-
-        def gram(chosen: Sequence[int]) -> Tensor:
-            self._exact_rows = tuple(chosen)
-            with torch.no_grad():
-                return exact_gram(
-                    [places[index] for index in chosen],
-                    sites,
-                    lambda site: self._preconditioner.form(site, power),
-                    [candidates[index].loss_tokens for index in chosen],
-                )
-
-        if self._gram == "exact":
-            return dataclasses.replace(space, gram_NN=gram(range(len(candidates))))
-        return dataclasses.replace(space, exact_gram=gram) if self._gram == "survivors" else space
-
     def _form(
-        self, candidates: Sequence[Candidate], weight_N: Sequence[float], loss_N: Sequence[float | None], number: int
+        self,
+        sketching: CandidatePass,
+        candidates: Sequence[Candidate],
+        weight_N: Sequence[float],
+        loss_N: Sequence[float | None],
+        number: int,
     ) -> float:
-        """The gradient of the step loss sum w l / sum |w| n from the factors held here, into the parameters' `grad`; returns that loss."""
+        """The gradient of the step loss sum w l / sum |w| n from the factors held in `sketching`, into the parameters' `grad`; returns that loss."""
         normaliser = sum(abs(weight) * item.loss_tokens for weight, item in zip(weight_N, candidates))
         if normaliser <= 0:
             kept = [item for item, weight in zip(candidates, weight_N) if weight]
@@ -473,11 +419,7 @@ class OnlineStep:
         self.optimizer.zero_grad(set_to_none=True)
         named = {name: p for name, p in causal_model(self.model).named_parameters() if p.requires_grad}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-        share_N = torch.tensor(weight_N, dtype=torch.float64, device=self._device) / normaliser
-        with torch.no_grad():
-            for indices, held in self._held:
-                if any(weight_N[index] for index in indices):
-                    held.add_weighted(share_N[torch.tensor(indices, device=self._device)], gradients)
+        sketching.add_weighted([weight / normaliser for weight in weight_N], gradients)
         for name, parameter in named.items():
             parameter.grad = gradients[name]
         return sum(weight * (loss or 0.0) for weight, loss in zip(weight_N, loss_N) if weight) / normaliser

@@ -332,8 +332,8 @@ def test_the_estimate_of_what_one_pass_holds() -> None:
     model = trainable("llama", torch.float32)
     online = OnlineStep(model, torch.optim.AdamW(model.parameters()), mode="one-pass")
     items = offer(6)
-    with torch.enable_grad():
-        online._sketches(online._engine, items, 1)  # type: ignore[arg-type]
-    held = sum(batch.bytes for _, batch in online._held)
+    assert online._sketching is not None
+    online._sketching(items, 1)
+    held = online._sketching.held_bytes
     padded = max(item.tokens for item in items) * len(items)
     assert held / (held_bytes_per_token(model, "float32") * padded) == pytest.approx(1.0, abs=0.34)
