@@ -123,7 +123,7 @@ def find_sites(model: Any, attribute: Attribute = "blocks", *, adapters: Collect
         known = ", ".join(known_types())
         what = "adapter" if of_adapters else "linear map"
         raise InputError(
-            f"{type(model).__name__} has no {what} that Lehr can attribute (known: {known}); are its parameters frozen?"
+            f"{type(model).__name__} has no {what} that Lehr can attribute (known: {known}): {_why_none(model)}"
         )
     attributed = {site.parameter for site in chosen}
     reasons = dict(found.reasons)
@@ -144,6 +144,16 @@ def find_sites(model: Any, attribute: Attribute = "blocks", *, adapters: Collect
     )
     _log(model, report)
     return report
+
+
+def _why_none(model: Any) -> str:
+    """Whose matrices the blocks of a model without sites hold."""
+    outside = outside_blocks(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() == 2 and name not in outside]
+    holders = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in trained})
+    if not holders:
+        return "are its parameters frozen?"
+    return f"the matrices of its blocks belong to {', '.join(holders)}; register a site type for that class (docs/concepts.md)"
 
 
 def _describe(model: Any, found: ModelSites, site: Site) -> str:

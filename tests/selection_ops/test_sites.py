@@ -155,8 +155,21 @@ def test_a_model_without_linear_maps_is_an_error() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> torch.Tensor:
             return self.head(self.embedding(input_ids))
 
-    with pytest.raises(InputError, match=r"no linear map.*Linear, Conv1D"):
+    with pytest.raises(InputError, match=r"no linear map.*Linear, Conv1D.*frozen"):
         find_sites(Bare())
+
+
+def test_a_model_of_unknown_linear_maps_is_an_error_that_names_them() -> None:
+    class Strange(nn.Linear):
+        """A subclass may compute something else."""
+
+    model: Any = tiny_llama()
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Strange(child.in_features, child.out_features, bias=False))
+    with pytest.raises(InputError, match=r"matrices of its blocks belong to Strange; register a site type"):
+        find_sites(model)
 
 
 def test_coverage_is_logged(caplog: pytest.LogCaptureFixture) -> None:
